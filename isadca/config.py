@@ -1,0 +1,164 @@
+"""Sizes of the networks as frozen dataclasses. The defaults are Stable Diffusion 1.5; a folder's config.json
+overrides them. Settings that would change the mathematics are refused, not ignored."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class Problem(ValueError):
+    """Something the user can mend. The text is one line: what is wrong, in which file or flag, what to do."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)         # one per level, finest first
+    attention: tuple[bool, ...] = (True, True, True, False)    # which levels have transformer blocks
+    layers_per_block: int = 2
+    n_heads: int = 8                                           # in every level: head dims 40, 80, 160
+    context_dim: int = 768
+    norm_groups: int = 32
+    sample_size: int = 64                                      # side of the latent the model was trained on
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    in_channels: int = 3
+    latent_channels: int = 4
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell along one side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    vocab_size: int = 49408
+    width: int = 768
+    layers: int = 12
+    n_heads: int = 12
+    mlp_width: int = 3072
+    max_tokens: int = 77
+    act: str = "quick_gelu"
+    eps: float = 1e-5
+    projection_dim: int | None = None                          # None: the file has no text_projection
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:                                        # defaults: OpenCLIP ViT-H/14, IP-Adapter's encoder
+    width: int = 1280
+    layers: int = 32
+    n_heads: int = 16
+    mlp_width: int = 5120
+    image_size: int = 224
+    patch_size: int = 14
+    projection_dim: int = 1024
+    act: str = "gelu"
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    train_steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    steps_offset: int = 1
+    alpha_to_one: bool = False                                 # level "before t=0": alpha_bar 1 instead of alpha_bar[0]
+
+
+# config.json key -> field here. `attention_head_dim` is a historical misnomer: it holds the NUMBER of heads.
+_NAMES = {
+    UNetConfig: dict(in_channels="in_channels", out_channels="out_channels", block_out_channels="channels",
+                     layers_per_block="layers_per_block", attention_head_dim="n_heads",
+                     cross_attention_dim="context_dim", norm_num_groups="norm_groups", sample_size="sample_size"),
+    VAEConfig: dict(in_channels="in_channels", latent_channels="latent_channels", block_out_channels="channels",
+                    layers_per_block="layers_per_block", norm_num_groups="norm_groups",
+                    scaling_factor="scaling_factor"),
+    CLIPTextConfig: dict(vocab_size="vocab_size", hidden_size="width", num_hidden_layers="layers",
+                         num_attention_heads="n_heads", intermediate_size="mlp_width",
+                         max_position_embeddings="max_tokens", hidden_act="act", layer_norm_eps="eps"),
+    CLIPVisionConfig: dict(hidden_size="width", num_hidden_layers="layers", num_attention_heads="n_heads",
+                           intermediate_size="mlp_width", image_size="image_size", patch_size="patch_size",
+                           projection_dim="projection_dim", hidden_act="act", layer_norm_eps="eps"),
+    ScheduleConfig: dict(num_train_timesteps="train_steps", beta_start="beta_start", beta_end="beta_end",
+                         beta_schedule="beta_schedule", steps_offset="steps_offset",
+                         set_alpha_to_one="alpha_to_one"),
+}
+
+# config.json key -> the values under which our mathematics is the model's. A missing key has the first of them.
+_FIXED = {
+    UNetConfig: dict(act_fn=("silu",), norm_eps=(1e-5,), flip_sin_to_cos=(True,), freq_shift=(0,),
+                     center_input_sample=(False,), downsample_padding=(1,), mid_block_scale_factor=(1,),
+                     use_linear_projection=(False,), dual_cross_attention=(False,), only_cross_attention=(False,),
+                     class_embed_type=(None,), addition_embed_type=(None,), encoder_hid_dim=(None,),
+                     time_cond_proj_dim=(None,), transformer_layers_per_block=(1,), num_class_embeds=(None,),
+                     resnet_time_scale_shift=("default",), time_embedding_type=("positional",),
+                     attention_type=("default",), num_attention_heads=(None,), upcast_attention=(False, None)),
+    VAEConfig: dict(act_fn=("silu",), use_quant_conv=(True,), use_post_quant_conv=(True,),
+                    mid_block_add_attention=(True,), shift_factor=(None,), latents_mean=(None,), latents_std=(None,)),
+    CLIPTextConfig: dict(hidden_act=("quick_gelu", "gelu")),
+    CLIPVisionConfig: dict(hidden_act=("quick_gelu", "gelu"), num_channels=(3,)),
+    ScheduleConfig: dict(prediction_type=("epsilon",), trained_betas=(None,), rescale_betas_zero_snr=(False,),
+                         beta_schedule=("scaled_linear", "linear")),
+}
+
+
+def read_config(cls, path: str | Path):
+    """The dataclass `cls` from a diffusers / transformers config.json; the defaults where there is no such file.
+
+    Raises Problem for unreadable JSON and for a setting that isadca does not compute.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return cls()
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"it holds a {type(raw).__name__}, not an object")
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise Problem(f"{path}: not a readable config ({error}); copy it again from the model's repository") from None
+    for key, allowed in _FIXED[cls].items():
+        if key in raw and raw[key] not in allowed:
+            raise Problem(f"{path}: {key} is {raw[key]!r}, isadca computes {' or '.join(map(repr, allowed))} only; "
+                          "use a Stable Diffusion 1.x model")
+    values = {field: raw[key] for key, field in _NAMES[cls].items() if key in raw}
+    if cls is UNetConfig:
+        values |= _unet_levels(raw, path)
+    if cls is CLIPTextConfig and "CLIPTextModelWithProjection" in (raw.get("architectures") or []):
+        values["projection_dim"] = raw.get("projection_dim", 512)
+    return _checked(cls, {field: tuple(v) if isinstance(v, list) else v for field, v in values.items()}, path)
+
+
+def _unet_levels(raw: dict, path: Path) -> dict:
+    """Which levels attend, from the block type names; the way up must mirror the way down."""
+    down, up = raw.get("down_block_types"), raw.get("up_block_types")
+    if down is None:
+        return {}
+    names = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+    attention, mirrored = [names.get(n) for n in down], [names.get(n) for n in reversed(up or [])]
+    if None in attention or attention != mirrored:
+        raise Problem(f"{path}: block types {down} and {up} are not those of Stable Diffusion 1.x")
+    return {"attention": attention}
+
+
+def _checked(cls, values: dict, path: Path):
+    """Build `cls`, turning a wrong type or size into one line that names the file and the field."""
+    default = cls()
+    for field, value in values.items():
+        expected = type(getattr(default, field))
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fits = {int: whole and value >= 0, float: whole or isinstance(value, float),
+                tuple: isinstance(value, tuple) and len(value) > 0, bool: isinstance(value, bool),
+                str: isinstance(value, str)}.get(expected, whole)
+        if not fits:
+            raise Problem(f"{path}: {field} is {value!r}, expected a {expected.__name__}; "
+                          "copy the file again from the model's repository")
+    return cls(**values)

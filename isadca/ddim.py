@@ -1,0 +1,71 @@
+"""DDIM in both directions: a table of noise levels and two affine maps. Deterministic (η = 0).
+
+The noise level of a latent is its alpha_bar, the product of the schedule's alphas: z_t = √ᾱ x0 + √(1-ᾱ) ε. The
+papers' α_t is this product. Levels are Python floats, so that no step waits for a device.
+
+References: DDIM, arXiv 2010.02502 (Eq. 12 there); the paper, Eqs. 2-4 and 10.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import Problem, ScheduleConfig
+
+
+class Step(NamedTuple):
+    """One stride of the grid: from level `t` down to level `t_prev` (negative: the level before t = 0)."""
+
+    t: int
+    t_prev: int
+
+
+class Schedule:
+    """The noise levels a model was trained on, and the grid of time steps that sampling visits."""
+
+    def __init__(self, config: ScheduleConfig = ScheduleConfig()):
+        self.config = config
+        linear = config.beta_schedule == "linear"
+        ends = (config.beta_start, config.beta_end) if linear else (config.beta_start**0.5, config.beta_end**0.5)
+        betas = torch.linspace(*ends, config.train_steps, dtype=torch.float64) ** (1 if linear else 2)
+        self._alpha_bar = (1 - betas).cumprod(0).tolist()
+
+    def alpha_bar(self, t: int) -> float:
+        """The level at training step t; for t < 0 the level of clean latents, ᾱ[0] (0.99915) for SD1.5."""
+        if t < 0:
+            return 1.0 if self.config.alpha_to_one else self._alpha_bar[0]
+        return self._alpha_bar[t]
+
+    def steps(self, n: int) -> list[Step]:
+        """n steps in sampling order; for n = 50: (981, 961), (961, 941), ..., (1, -19).
+
+        Raises Problem where n does not fit the schedule.
+        """
+        most = self.config.train_steps - self.config.steps_offset
+        if not 1 <= n <= most:
+            raise Problem(f"steps is {n}, expected 1 to {most}; 50 is the paper's")
+        stride = self.config.train_steps // n
+        grid = [i * stride + self.config.steps_offset for i in reversed(range(n))]
+        return [Step(t, t - stride) for t in grid]
+
+
+def predict_x0(z: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
+    """The clean latent that noise `eps` implies; the paper's Eq. 3 with σ = 0 is this, read literally."""
+    return (z - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
+    """Eq. 2 in closed form: the latent at level alpha_bar on the straight way from x0 to eps."""
+    return math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps
+
+
+def step(z: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_prev: float) -> Tensor:
+    """Eqs. 3 and 10, as DDIM means them: z_t and the noise predicted at t -> z at the previous, cleaner level."""
+    return add_noise(predict_x0(z, eps, alpha_bar), eps, alpha_bar_prev)
+
+
+def inverse_step(z: Tensor, eps: Tensor, alpha_bar_prev: float, alpha_bar: float) -> Tensor:
+    """Eq. 4: z̄ at the cleaner level and a noise prediction -> z̄_t. Exactly undoes `step` for the same eps."""
+    return step(z, eps, alpha_bar_prev, alpha_bar)

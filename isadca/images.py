@@ -1,0 +1,166 @@
+"""Pictures in and out: PIL <-> tensors, the two resize rules, contact sheets, PNG metadata.
+
+Pixels are RGB. Tensors are (B,3,H,W): in [-1,1] for the VAE, normalised by CLIP's mean and std for the encoder.
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from .config import Problem
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+RECIPE_KEY = "isadca"  # the PNG text chunk that holds the recipe
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """A picture file as RGB, turned upright by its EXIF tag, transparency composited on white.
+
+    Raises Problem for what is not a readable picture.
+    """
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as file:
+                return _rgb(ImageOps.exif_transpose(file))
+    except FileNotFoundError:
+        raise Problem(f"{path}: no such picture") from None
+    except IsADirectoryError:
+        raise Problem(f"{path}: is a folder, expected a picture") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise Problem(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
+    except Image.UnidentifiedImageError:
+        raise Problem(f"{path}: not a picture that can be read; convert it to one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise Problem(f"{path}: the picture is damaged ({error})") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, PIL would clip
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """Centre-crop to a square, then resize to size × size (bicubic; untouched where it already is)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square if side == size else square.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """PIL -> (1,3,H,W) in [-1,1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_images(x: Tensor) -> list[Image.Image]:
+    """(B,3,H,W) in [-1,1] -> PIL, clipped and rounded to 8 bits."""
+    pixels = ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu()]
+
+
+def clip_pixels(image: Image.Image, size: int) -> Tensor:
+    """PIL -> what CLIP's image encoder reads, (1,3,size,size): shortest side to `size` (bicubic, antialiased),
+    centre crop, normalise. The same as transformers' CLIPImageProcessor on PIL."""
+    short = min(image.size)
+    resized = image.resize((size * image.width // short, size * image.height // short), Image.Resampling.BICUBIC)
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    x = torch.from_numpy(np.array(resized.crop((left, top, left + size, top + size)))).permute(2, 0, 1)[None]
+    mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    return (x.float() / 255 - mean) / std
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two 8-bit pictures, in dB; inf for equal ones."""
+    mse = np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2)
+    return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))
+
+
+def contact_sheet(rows: list[list[Image.Image]], columns: list[str], labels: list[str]) -> Image.Image:
+    """Pictures in a grid with a heading over each column and a label over each row. All of one size."""
+    tile = max(rows[0][0].width, 128)  # tiny pictures are enlarged so that they, and the labels, can be read
+    line, gap = max(18, tile // 12), max(2, tile // 64)
+    font = ImageFont.load_default(size=line * 0.7)
+    width, height = len(columns) * (tile + gap) + gap, line + len(rows) * (line + tile + gap)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, heading in enumerate(columns):
+        draw.text((gap + i * (tile + gap), 1), heading, "black", font)
+    for j, (row, label) in enumerate(zip(rows, labels)):
+        top = line + j * (line + tile + gap)
+        draw.text((gap, top), label, "dimgray", font)
+        for i, image in enumerate(row):
+            big = image.resize((tile, tile), Image.Resampling.NEAREST if tile > image.width else None)
+            sheet.paste(big, (gap + i * (tile + gap), top + line))
+    return sheet
+
+
+def save_png(image: Image.Image, path: str | Path, recipe: dict | None = None) -> None:
+    """Write a PNG whole or not at all (temporary file, then rename), with the recipe as a text chunk."""
+    info = PngImagePlugin.PngInfo()
+    if recipe is not None:
+        info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+class atomic_write:
+    """`with atomic_write(path) as temporary:` - `path` appears, complete, only if the block succeeds."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __enter__(self) -> str:
+        try:
+            handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        except OSError as error:
+            raise Problem(f"{self.path}: cannot write there ({error.strerror}); choose another -o") from None
+        os.close(handle)
+        os.chmod(self.temporary, 0o666 & ~_umask())  # mkstemp's 0600 is not what users expect of a picture
+        return self.temporary
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                os.replace(self.temporary, self.path)
+        except OSError as failed:
+            raise Problem(f"{self.path}: cannot write there ({failed.strerror}); choose another -o") from None
+        finally:
+            Path(self.temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise Problem(f"{self.path}: cannot write there ({error.strerror}); choose another -o") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The recipe of a PNG that isadca wrote. Raises Problem where there is none."""
+    try:
+        with Image.open(path, formats=("PNG",)) as file:
+            file.load()
+            recipe = json.loads(file.text[RECIPE_KEY])
+        if not isinstance(recipe, dict):
+            raise ValueError
+        return recipe
+    except FileNotFoundError:
+        raise Problem(f"{path}: no such picture") from None
+    except Exception:
+        raise Problem(f"{path}: holds no isadca recipe; only PNGs written by isadca do") from None

@@ -1,0 +1,133 @@
+"""The systems as values: every knob of the sampling loop in one frozen dataclass, and the presets with their source.
+
+The loop is in variation.py. `t` counts training steps, from 1000 (noise) down to 0.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .config import Problem
+
+Lambda = float | Callable[[int, int], float]  # a constant, or a function of (t, T)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one run does. The defaults are this project's reading of the paper."""
+
+    name: str = "isadca"
+    lam: Lambda = 0.7             # λ of Eq. 9: 1 is ISA alone, 0 is DCA (IP-Adapter) alone
+    mix: str | Callable = "noise"  # where Eq. 9 mixes: "noise", "attention", or a function Controls -> Attend
+    guidance: float = 7.0         # m; 1 is without guidance
+    k: int = 0                    # Algorithm 1's K: control is on for k < t <= t_start,
+    t_start: int = 1000           #   elsewhere the step is plain text-guided
+    replace_above: int = 1000     # for t above, ISA sees the reference alone; below, reference and self
+    adain_above: int = 1000       # for t above, ISA's noise takes the reference noise's mean and deviation
+    layers: tuple[int, ...] | None = None  # ISA in these transformer blocks only, in execution order
+    ip_scale: float = 1.0         # weight of DCA's image branch
+    init: str = "inverted"        # z_T: "inverted", "shuffle" (its cells permuted) or "random"
+    diversity: float = 0.0        # d: z_T becomes sqrt(1-d) z_T + sqrt(d) noise
+    source: str = "the paper, Algorithm 1; Eq. 9 between the two branches' noise"
+
+    def lam_at(self, t: int, T: int) -> float:
+        """λ_t, checked. Raises Problem outside [0,1]."""
+        lam = float(self.lam(t, T) if callable(self.lam) else self.lam)
+        if not 0 <= lam <= 1:
+            raise Problem(f"lam is {lam} at t = {t}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
+        return lam
+
+    def controls(self, t: int) -> bool:
+        return self.k < t <= self.t_start
+
+    def wants_reference(self, t: int, T: int) -> bool:
+        """Whether the step at t uses the reference's keys and values, or its noise."""
+        return self.lam_at(t, T) > 0 and (self.controls(t) or t > self.adain_above)
+
+    def check(self, T: int) -> "Method":
+        """Self, or a Problem that names the field, its value and what it may be."""
+        rules = [("guidance", self.guidance, math.isfinite(self.guidance), "a finite number; the paper has 7"),
+                 ("k", self.k, 0 <= self.k < T, f"0 to {T - 1}; control is on for t > k"),
+                 ("t_start", self.t_start, self.k < self.t_start, f"more than k, which is {self.k}"),
+                 ("ip_scale", self.ip_scale, math.isfinite(self.ip_scale), "a finite number; 1 is the paper's"),
+                 ("diversity", self.diversity, 0 <= self.diversity <= 1, "0 to 1"),
+                 ("init", self.init, self.init in INITS, " or ".join(INITS)),
+                 ("mix", self.mix, callable(self.mix) or self.mix in ("noise", "attention"), "noise or attention")]
+        for name, value, fine, expected in rules:
+            if not fine:
+                raise Problem(f"{name} is {value}, expected {expected}")
+        if not callable(self.lam):
+            self.lam_at(T, T)
+        return self
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether every seed gives the same picture."""
+        return self.init == "inverted" and self.diversity == 0
+
+
+INITS = ("inverted", "shuffle", "random")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """λ(t,T) from `first` at t = T to `last` at t = 0, in a straight line."""
+
+    first: float
+    last: float
+
+    def __call__(self, t: int, T: int) -> float:
+        return self.last + (self.first - self.last) * t / T
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """The same ends, along half a cosine: slow at both of them."""
+
+    first: float
+    last: float
+
+    def __call__(self, t: int, T: int) -> float:
+        return self.last + (self.first - self.last) * (1 - math.cos(math.pi * t / T)) / 2
+
+
+def parse_lam(text: str) -> Lambda:
+    """"0.7", "linear:1:0.3" or "cosine:1:0" -> λ. Raises Problem."""
+    shapes = {"linear": Linear, "cosine": Cosine}
+    try:
+        kind, *numbers = text.split(":")
+        if kind in shapes:
+            first, last = map(float, numbers)
+            value = shapes[kind](first, last)
+        else:
+            first = last = value = float(text)
+    except ValueError:
+        raise Problem(f"lam is {text!r}, expected a number such as 0.7, or linear:1:0.3, or cosine:1:0") from None
+    if not (0 <= first <= 1 and 0 <= last <= 1):
+        raise Problem(f"lam is {text}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
+    return value
+
+
+ISADCA = Method()
+
+PRESETS = {method.name: method for method in [
+    ISADCA,
+    Method("rival", lam=1.0, replace_above=601, adain_above=600, init="shuffle", t_start=961, ip_scale=0.0,
+           source="RIVAL, arXiv 2305.18729; dvlab-research/RIVAL configs/rival_t2i.json, editing_early_steps 960"),
+    Method("rival-edit", lam=1.0, replace_above=601, adain_above=600, init="inverted", t_start=901, ip_scale=0.0,
+           source="RIVAL; dvlab-research/RIVAL configs/rival_editing.json, editing_early_steps 900"),
+    Method("ip-adapter", lam=0.0, guidance=7.5, init="random",
+           source="IP-Adapter, arXiv 2308.06721; tencent-ailab/IP-Adapter ip_adapter.py, generate()"),
+    Method("masactrl", lam=1.0, guidance=7.5, replace_above=-1, t_start=901, layers=tuple(range(10, 16)),
+           ip_scale=0.0,
+           source="MasaCtrl, arXiv 2304.08465; TencentARC/MasaCtrl masactrl.py, start_step 4, start_layer 10"),
+    Method("plain", lam=0.0, guidance=7.5, ip_scale=0.0, init="random",
+           source="Stable Diffusion 1.5 text-to-image, DDIM"),
+]}
+
+
+def method_named(name: str, **changes) -> Method:
+    """A preset with some fields changed; fields given as None stay. Raises Problem for an unknown name."""
+    if name not in PRESETS:
+        raise Problem(f"method is {name!r}, expected one of {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **{field: value for field, value in changes.items() if value is not None})

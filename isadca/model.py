@@ -1,0 +1,83 @@
+"""The loaded networks together, and the few calls between them that the loop needs. loading.py makes one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .attention import Attend, attend as plain_attend
+from .clip import CLIPText, CLIPVision
+from .config import Problem
+from .ddim import Schedule
+from .images import clip_pixels
+from .ip_adapter import IPAdapter
+from .tokenizer import Tokenizer
+from .unet import UNet
+from .vae import VAE
+
+
+@dataclass
+class Model:
+    """Everything a run needs, loaded. Nothing in it changes while it runs."""
+
+    unet: UNet
+    vae: VAE
+    text: CLIPText
+    tokenizer: Tokenizer
+    schedule: Schedule
+    vision: CLIPVision | None
+    ip_adapter: IPAdapter | None
+    device: torch.device
+    dtype: torch.dtype
+    files: dict[str, Path] = field(default_factory=dict)  # which file each network came from
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the pictures it was trained on."""
+        return self.unet.config.sample_size * self.vae.config.downscale
+
+    def check_size(self, size: int) -> int:
+        """`size`, if the networks can work at it. Raises Problem."""
+        multiple = self.vae.config.downscale * 2 ** (len(self.unet.config.channels) - 1)
+        if size < multiple or size % multiple:
+            raise Problem(f"size is {size}, expected a multiple of {multiple}; {self.size} is what it was trained on")
+        return size
+
+    def noise(self, z: Tensor, t: Tensor | int, context: Tensor, attend: Attend = plain_attend) -> Tensor:
+        """ε_θ(z_t, t, c), computed in the model's dtype. Latents stay float32 (or wider) between the steps."""
+        return self.unet(z.to(self.dtype), t, context, attend).to(z.dtype)
+
+    def context(self, prompts: list[str]) -> Tensor:
+        """Prompts -> (len, tokens, width)."""
+        return self.text(self.tokenizer(prompts).to(self.device))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels.to(self.device, next(self.vae.parameters()).dtype)).to(self._latent_dtype)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z.to(next(self.vae.parameters()).dtype))
+
+    def image_tokens(self, image: Image.Image | None = None, embeds: Tensor | None = None) -> Tensor:
+        """The adapter's tokens of a picture, [unconditional, image], (2,n,D). `embeds` (1,P), or (1,L,W) for the
+        plus family, replaces the encoder. Raises Problem where there is no adapter or it reads another width."""
+        if self.ip_adapter is None:
+            raise Problem("the image branch needs an IP-Adapter; give one with --ip-adapter, or --ip-scale 0")
+        blank = None
+        if embeds is None or self.ip_adapter.reads_patches:
+            if self.vision is None:
+                raise Problem("the IP-Adapter needs an image encoder; give one with --image-encoder")
+            size = self.vision.config.image_size
+            which = 1 if self.ip_adapter.reads_patches else 0
+            blank = self.vision(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))[which]
+        if embeds is None:
+            embeds = self.vision(clip_pixels(image, size).to(self.device, self.dtype))[which]
+        if embeds.shape[-1] != self.ip_adapter.embed_dim:
+            raise Problem(f"image_embeds are {embeds.shape[-1]} wide, the IP-Adapter reads {self.ip_adapter.embed_dim}")
+        embeds = embeds.to(self.device, self.dtype)
+        return self.ip_adapter.tokens(embeds, blank if self.ip_adapter.reads_patches else torch.zeros_like(embeds))
+
+    @property
+    def _latent_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)

@@ -1,0 +1,135 @@
+"""The reference picture as the sampling loop needs it: its DDIM inversion, computed once, and its replay.
+
+Inversion gives the chain z̄_0 ... z̄_T. The reference's keys and values at step t depend on (z̄_t, t) alone, so they
+are computed by *replaying* the known chain, several steps as one batch, and serve every variation, seed and λ.
+(Those of the inversion pass itself are other tensors: it evaluates z̄ of the level below with the label t.)
+
+References: the paper, Eq. 4; RIVAL, arXiv 2305.18729. Shapes: T steps, (4,h,w) a latent.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .attention import KV, Attend, attend as plain_attend, capture
+from .config import Problem
+from .ddim import Step, inverse_step, step
+from .images import atomic_write, fit, to_images, to_tensor
+from .model import Model
+
+Progress = Callable[[list, str], Iterable]  # wraps a list of steps, e.g. in a progress bar
+
+
+def silent(items: list, label: str) -> Iterable:
+    return items
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A picture and its inversion. `chain` is (T+1,4,h,w): clean latent first, z̄_T last."""
+
+    image: Image.Image
+    chain: Tensor
+    prompt: str = ""
+
+    @property
+    def steps(self) -> int:
+        return len(self.chain) - 1
+
+
+class Seen(NamedTuple):
+    """What one step of the replay saw: the reference's keys and values, and the noise predicted for it."""
+
+    kv: KV
+    eps: Tensor
+
+
+def invert(model: Model, image: Image.Image, steps: int = 50, prompt: str = "", size: int | None = None,
+           attend: Attend = plain_attend, progress: Progress = silent) -> Reference:
+    """DDIM inversion of a picture, without guidance. The picture is cropped and resized to the model's size.
+
+    RIVAL's convention: the stride from t-20 up to t evaluates the UNet on z̄ at level t-20 with the label t.
+    """
+    grid = model.schedule.steps(steps)
+    image = fit(image, model.check_size(size or model.size))
+    context = model.context([prompt])
+    chain = [model.encode(to_tensor(image))]
+    for t, t_prev in progress(grid[::-1], "inverting"):
+        eps = model.noise(chain[-1], t, context, attend)
+        chain.append(inverse_step(chain[-1], eps, model.schedule.alpha_bar(t_prev), model.schedule.alpha_bar(t)))
+    return Reference(image, torch.cat(chain), prompt)
+
+
+def reconstruct(model: Model, ref: Reference, attend: Attend = plain_attend,
+                progress: Progress = silent) -> Image.Image:
+    """Plain DDIM from z̄_T back, without any control: the baseline x̃_0 of the paper's Fig. 1."""
+    context, z = model.context([ref.prompt]), ref.chain[-1:]
+    for t, t_prev in progress(model.schedule.steps(ref.steps), "reconstructing"):
+        eps = model.noise(z, t, context, attend)
+        z = step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev))
+    return to_images(model.decode(z))[0]
+
+
+def replay(model: Model, ref: Reference, wanted: Callable[[int], bool] = lambda t: True, at_once: int = 5,
+           kernel: Attend = plain_attend) -> Iterator[Seen | None]:
+    """What the reference looks like at each step, in sampling order; None at steps that are not wanted.
+
+    `at_once` steps go through the UNet as one batch with per-row time steps: 1 is a live reference row, `ref.steps`
+    a full cache; the result is the same. `list(replay(...))` keeps everything for several calls of `sample`.
+    """
+    grid = model.schedule.steps(ref.steps)
+    ahead = [i for i, (t, _) in enumerate(grid) if wanted(t)]
+    context, seen = model.context([ref.prompt]), {}
+    for i in range(len(grid)):
+        if i in ahead and i not in seen:
+            chunk = [j for j in ahead if j >= i][:at_once]
+            seen = dict(zip(chunk, _see(model, ref, [(j, grid[j]) for j in chunk], context, kernel)))
+        yield seen.pop(i, None)
+
+
+def _see(model: Model, ref: Reference, chunk: list[tuple[int, Step]], context: Tensor,
+         kernel: Attend) -> Iterator[Seen]:
+    z = torch.stack([ref.chain[ref.steps - i] for i, _ in chunk])           # step i starts at level T - i
+    t = torch.tensor([step.t for _, step in chunk], device=z.device)        # one time step per row
+    store: KV = {}
+    eps = model.noise(z, t, context.expand(len(z), -1, -1), capture(store, kernel))
+    for row in range(len(z)):
+        one = slice(row, row + 1)
+        yield Seen({name: (k[one], v[one]) for name, (k, v) in store.items()}, eps[one])
+
+
+def save_reference(ref: Reference, path: str | Path, weights: str) -> None:
+    """Write a reference as safetensors; `weights` is the fingerprint of the model that made it."""
+    tensors = {"chain": ref.chain.contiguous().cpu(), "image": torch.from_numpy(np.array(ref.image))}
+    about = {"format": "isadca reference 1", "prompt": ref.prompt, "weights": weights}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, about)
+
+
+def load_reference(path: str | Path, weights: str, device: torch.device | str = "cpu") -> Reference:
+    """Read a saved reference. Raises Problem for another kind of file and for one that other weights made."""
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != "isadca reference 1":
+                raise Problem(f"{path}: not a reference; make one with: isadca invert PICTURE -o {path.name}")
+            chain, pixels = file.get_tensor("chain"), file.get_tensor("image")
+    except FileNotFoundError:
+        raise Problem(f"{path}: no such file; make one with: isadca invert PICTURE -o {path.name}") from None
+    except (OSError, SafetensorError) as error:
+        raise Problem(f"{path}: not a whole safetensors file ({error}); invert the picture again") from None
+    if about.get("weights") != weights:
+        raise Problem(f"{path}: was inverted with other weights (sha256 {about.get('weights', '')[:12]}, these are "
+                      f"{weights[:12]}); invert the picture again with these")
+    if chain.ndim != 4 or len(chain) < 2 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != torch.uint8:
+        raise Problem(f"{path}: a damaged reference; invert the picture again")
+    return Reference(Image.fromarray(pixels.numpy()), chain.to(device), about.get("prompt", ""))

@@ -1,0 +1,69 @@
+"""CLIP's byte-level BPE, assembled from vocab.json and merges.txt with the `tokenizers` library.
+
+Two things OpenAI's first tokenizer did before this are not done here (nor by transformers' fast one): repairing
+mojibake with ftfy, and unescaping HTML entities.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer as BPETokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from .config import Problem
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """Text -> ids (B, max_tokens): start, words, end, then padding with the end token, as SD1.x was trained."""
+
+    def __init__(self, vocab: Path, merges: Path, max_tokens: int = 77):
+        try:
+            ids = json.loads(Path(vocab).read_text(encoding="utf-8"))
+            lines = Path(merges).read_text(encoding="utf-8").splitlines()
+            pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            self._bpe = _clip_bpe(ids, pairs)
+            self.start_id, self.end_id = ids[START], ids[END]
+        except OSError as error:
+            raise Problem(f"{error.filename}: cannot read the tokenizer ({error.strerror})") from None
+        except Exception as error:  # the Rust side raises plain Exception
+            raise Problem(f"{vocab}, {merges}: not a CLIP vocabulary ({error}); copy both again") from None
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def from_folder(cls, folder: Path, max_tokens: int) -> "Tokenizer":
+        return cls(Path(folder) / "vocab.json", Path(folder) / "merges.txt", max_tokens)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        rows = []
+        for text in texts:
+            words = self._bpe.encode(text, add_special_tokens=False).ids[: self.max_tokens - 2]
+            row = [self.start_id, *words, self.end_id]
+            rows.append(row + [self.end_id] * (self.max_tokens - len(row)))
+        return torch.tensor(rows)
+
+    def cut(self, text: str) -> str:
+        """The tail of `text` that does not fit into max_tokens; empty when all of it does."""
+        encoded = self._bpe.encode(text, add_special_tokens=False)
+        room = self.max_tokens - 2
+        return text[encoded.offsets[room][0]:].strip() if len(encoded.ids) > room else ""
+
+    def pieces(self, text: str) -> list[str]:
+        """The tokens of `text` as strings, in the order of the context's rows 1, 2, ... (row 0 is the start)."""
+        return self._bpe.encode(text, add_special_tokens=False).tokens[: self.max_tokens - 2]
+
+
+def _clip_bpe(ids: dict[str, int], pairs: list[tuple[str, str]]) -> BPETokenizer:
+    bpe = BPETokenizer(models.BPE(ids, pairs, continuing_subword_prefix="", end_of_word_suffix="</w>",
+                                  fuse_unk=False, unk_token=END))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([START, END])
+    return bpe
