@@ -1,0 +1,157 @@
+"""The command line: `isadca vary`, `sweep`, `reconstruct`, `invert`, `inspect`, `methods`.
+
+Paths of what was written go to standard output, everything else to standard error. Exit codes: 0, 2 for a problem
+that the user can mend (one line says which), 130 when interrupted. Heavy imports wait until a command runs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .config import Problem
+from .methods import INITS, PRESETS
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise Problem(f"{message}; see {self.prog} --help")
+
+
+def parser(recipe: dict | None = None) -> Parser:
+    """All commands; `recipe` are defaults for `vary`."""
+    top = Parser("isadca", description="Image variations with Stable Diffusion 1.5: intra-image self-attention, "
+                 "decoupled cross-attention and λ. Without --weights: the demo checkpoint.")
+    top.add_argument("--version", action="version", version=_version())
+    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
+
+    p = _command(commands, "vary", "a picture and a prompt become a variation",
+                 'isadca vary examples/cat.png "a lemon" -o lemon.png --lam 0.7')
+    p.add_argument("ref", nargs="?", metavar="REF", help="reference picture, or what `isadca invert` wrote")
+    p.add_argument("prompt", nargs="?", metavar="PROMPT")
+    _out(p, "OUT.png")
+    p.add_argument("--lam", help="λ: 1 is ISA alone, 0 is DCA alone; 0.7, linear:1:0.3 or cosine:1:0 (0.7)")
+    _generation(p)
+    p.add_argument("--attend", metavar="FILE.py:NAME", help="your own attention: a function Controls -> Attend")
+    p.add_argument("--recipe", metavar="PNG", help="make a picture of `isadca vary` again; other flags change it")
+    p.add_argument("--grid", metavar="SHEET.png", help="with --n: also a contact sheet")
+    p.set_defaults(**(recipe or {}))
+
+    p = _command(commands, "sweep", "a labelled grid: one column per λ, one row per prompt",
+                 'isadca sweep examples/cat.png "a lemon" "a pig" --lam 0,0.5,1 -o grid.png')
+    p.add_argument("ref", metavar="REF")
+    p.add_argument("prompts", nargs="+", metavar="PROMPT")
+    _out(p, "GRID.png")
+    p.add_argument("--lam", default="0,0.25,0.5,0.7,1", help="comma-separated (%(default)s)")
+    _generation(p)
+
+    p = _command(commands, "reconstruct", "invert and go back without control; reports the PSNR",
+                 "isadca reconstruct examples/cat.png -o back.png")
+    p.add_argument("ref", metavar="REF")
+    _out(p, "OUT.png")
+    _inversion(p)
+
+    p = _command(commands, "invert", "invert once, for many runs",
+                 "isadca invert examples/cat.png -o cat.safetensors")
+    p.add_argument("ref", metavar="PICTURE")
+    _out(p, "REF.safetensors")
+    _inversion(p)
+
+    p = _command(commands, "inspect", "what a weights file or folder is, and whether it would load",
+                 "isadca inspect weights/demo")
+    p.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    _command(commands, "methods", "the presets of --method, field by field", "isadca methods")
+    return top
+
+
+def _command(commands, name: str, summary: str, example: str) -> Parser:
+    return commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+                               epilog=f"example: {example}")
+
+
+def _out(p: Parser, metavar: str) -> None:
+    p.add_argument("-o", "--out", type=Path, required=True, metavar=metavar)
+
+
+def _inversion(p: Parser) -> None:
+    """What loading and inverting need."""
+    p.add_argument("--steps", type=int, help="DDIM steps (50)")
+    p.add_argument("--ref-prompt", default="", help='what the reference shows, for its inversion ("")')
+    p.add_argument("--size", type=int, help="side in pixels (what the model was trained on)")
+    p.add_argument("--weights", metavar="PATH", help="diffusers folder or LDM .safetensors (weights/demo)")
+    p.add_argument("--vae", metavar="PATH", help="another autoencoder")
+    p.add_argument("--ip-adapter", metavar="FILE", help="IP-Adapter .safetensors, or none (found beside the weights)")
+    p.add_argument("--image-encoder", metavar="PATH", help="its CLIP encoder (found beside the weights)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    p.add_argument("--dtype", default="auto", help="auto, fp32, fp16, bf16 (%(default)s)")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
+
+
+def _generation(p: Parser) -> None:
+    """What sampling needs. A default of None means: as the method has it."""
+    p.add_argument("--method", default="isadca", help=f"{', '.join(PRESETS)}; see isadca methods (%(default)s)")
+    p.add_argument("--mix", choices=("noise", "attention"), help="where λ mixes (noise)")
+    p.add_argument("--guidance", type=float, help="m of classifier-free guidance (7)")
+    p.add_argument("--k", type=int, help="control is on for K < t <= T_START (0)")
+    p.add_argument("--t-start", type=int, help="(1000)")
+    p.add_argument("--layers", type=_layers, help="ISA in these transformer blocks only, such as 10-15 (all)")
+    p.add_argument("--replace-above", type=int, metavar="T", help="for t above, ISA sees the reference alone (1000)")
+    p.add_argument("--adain-above", type=int, metavar="T", help="for t above, align ISA's noise to the reference's (1000)")
+    p.add_argument("--ip-scale", type=float, help="weight of the image prompt (1)")
+    p.add_argument("--init", choices=INITS, help="z_T: the reference's, its cells shuffled, or noise (inverted)")
+    p.add_argument("--diversity", type=float, help="share of fresh noise in z_T, 0 to 1 (0)")
+    p.add_argument("--negative", default="", help='negative prompt ("")')
+    p.add_argument("--seed", type=int, default=0, help="of the first picture; the next have seed + 1, ... (%(default)s)")
+    p.add_argument("--n", type=int, default=1, help="pictures (%(default)s)")
+    p.add_argument("--rows-at-once", type=int, default=64, help="rows of one UNet call at most (%(default)s)")
+    p.add_argument("--replay-at-once", type=int, default=5, metavar="M", help="reference steps a UNet call (%(default)s)")
+    _inversion(p)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """"10-15" or "0,1,6" -> the numbers."""
+    try:
+        ends = [part.split("-") for part in text.split(",")]
+        return tuple(n for e in ends for n in range(int(e[0]), int(e[-1]) + 1))
+    except ValueError:
+        raise Problem(f"layers is {text!r}, expected such as 10-15 or 0,1,6") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parser().parse_args(argv)
+        args.recipe_source = None
+        if getattr(args, "recipe", None):
+            args = _again(args, argv)
+        from . import commands  # torch, from here on
+        getattr(commands, args.command)(args)
+        return 0
+    except Problem as problem:
+        return _fail(str(problem))
+    except KeyboardInterrupt:
+        print("isadca: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return _fail("out of memory; try --rows-at-once 4, --replay-at-once 1, --dtype fp16 or a smaller --size")
+
+
+def _again(given: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
+    """The recipe's arguments as defaults under those that were given."""
+    from .images import read_recipe
+    from .recipe import recipe_args
+    source = Path(given.recipe)
+    recipe = read_recipe(source)
+    args = parser(recipe_args(recipe, "vary", source)).parse_args(argv)
+    args.recipe_source = recipe if given.ref is None and given.weights is None else None  # what is to be verified
+    return args
+
+
+def _fail(message: str) -> int:
+    print("isadca: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _version() -> str:
+    from . import __version__
+    return f"isadca {__version__}"

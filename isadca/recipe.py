@@ -1,0 +1,63 @@
+"""The recipe that every picture carries: the arguments, the versions, the sha256 of all that went in."""
+
+import hashlib
+import platform
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from .config import Problem
+
+NOT_KEPT = {"command", "out", "grid", "recipe", "recipe_source", "quiet"}  # these do not change the pixels
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_files(files: dict[str, Path]) -> Future:
+    """sha256 of the model's files by part, computed beside the sampling: 4 GB take seconds."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(lambda: {part: sha256(path) for part, path in files.items()})
+    pool.shutdown(wait=False)
+    return future
+
+
+def fingerprint(hashes: dict[str, str]) -> str:
+    """One sha256 for what an inversion depends on: UNet, VAE and text encoder."""
+    return hashlib.sha256("".join(hashes[part] for part in ("unet", "vae", "text")).encode()).hexdigest()
+
+
+def make_recipe(args: dict, reference: Path, hashes: dict[str, str], device: str, dtype: str) -> dict:
+    """`args` are the command line's, by name. Everything in it is JSON."""
+    import torch
+
+    from . import __version__
+    return {"command": args["command"],
+            "args": {key: value for key, value in sorted(args.items()) if key not in NOT_KEPT},
+            "reference_sha256": sha256(reference), "weights_sha256": hashes, "device": device, "dtype": dtype,
+            "versions": {"isadca": __version__, "torch": torch.__version__, "python": platform.python_version()}}
+
+
+def recipe_args(recipe: dict, command: str, source: Path) -> dict:
+    """The arguments of a recipe; a reference that is not where it was is looked for beside the picture."""
+    args = recipe.get("args")
+    if recipe.get("command") != command or not isinstance(args, dict) or not isinstance(args.get("ref"), str):
+        raise Problem(f"{source}: was made by isadca {recipe.get('command')}, expected isadca {command}")
+    beside = source.parent / Path(args["ref"]).name
+    if not Path(args["ref"]).exists() and beside.exists():
+        args = args | {"ref": str(beside)}
+    return args
+
+
+def check_same(recipe: dict, source: Path, reference: Path, hashes: dict[str, str]) -> None:
+    """Raise Problem where the reference or the weights are not those that made the picture."""
+    if recipe.get("reference_sha256") != sha256(reference):
+        raise Problem(f"{reference}: is not the reference that {source} was made from; give the right one as REF")
+    for part, digest in (recipe.get("weights_sha256") or {}).items():
+        if hashes.get(part) != digest:
+            raise Problem(f"{source}: was made with another {part} (sha256 {str(digest)[:12]}, this one has "
+                          f"{str(hashes.get(part))[:12]}); give the right --weights, or the prompt and flags yourself")
