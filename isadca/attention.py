@@ -34,11 +34,11 @@ KV = dict[str, tuple[Tensor, Tensor]]  # extra keys and values by site name, eac
 
 def attention_probs(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
     """softmax(QKᵀ/√d): how much each query looks at each key. (B,H,N,d), (B,H,M,d) -> (B,H,N,M)."""
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    wide = torch.promote_types(q.dtype, torch.float32)  # in half precision products overflow and sums lose the tail
+    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) / math.sqrt(q.shape[-1])
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-    at_least_fp32 = torch.promote_types(scores.dtype, torch.float32)  # half-precision sums lose the tail
-    return scores.softmax(dim=-1, dtype=at_least_fp32).to(q.dtype)
+    return scores.softmax(dim=-1).to(q.dtype)
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, site: Site | None = None, causal: bool = False) -> Tensor:
@@ -85,11 +85,12 @@ def isa(ref_kv: KV, mode: str = "append", kernel: Attend = attend) -> Attend:
 def dca(ip_kv: KV, scale: float = 1.0, kernel: Attend = attend) -> Attend:
     """Decoupled cross-attention, Eq. 8: attention to the text plus `scale` × attention to the image, same queries.
 
-    `ip_kv` comes from `IPAdapter.keys_values` (Eq. 7); its rows are as in `isa`. Self-attention passes through.
+    `ip_kv` comes from `IPAdapter.keys_values`; its rows are as in `isa`; empty, it leaves the text alone.
+    Self-attention passes through.
     """
     def attend_dca(q, k, v, site):
         text = kernel(q, k, v, site)
-        if site.kind != "cross" or scale == 0:
+        if site.kind != "cross" or scale == 0 or not ip_kv:
             return text
         k_ip, v_ip = (repeat_rows(x, len(q)) for x in ip_kv[site.name])
         return text + scale * kernel(q, k_ip, v_ip, site)

@@ -111,7 +111,7 @@ STRANGERS = [
     (r"^conditioner\.embedders\.|^add_embedding\.", "an SDXL model", "isadca implements Stable Diffusion 1.x"),
     (r"^cond_stage_model\.model\.transformer\.resblocks\.", "an SD 2.x model",
      "isadca implements Stable Diffusion 1.x"),
-    (r"^controlnet_", "a ControlNet", "give the base model with --weights"),
+    (r"^controlnet_|^input_hint_block\.", "a ControlNet", "give the base model with --weights"),
 ]
 UNKNOWN = [  # the same, for files in which no part was recognised
     (r"^control_model\.", "a ControlNet", "give the base model with --weights"),
@@ -135,7 +135,7 @@ class Part:
 def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Key -> (shape, dtype) of a safetensors file, without reading the data. Raises Problem if it is not one."""
     if not path.exists():
-        raise Problem(f"{path}: no such file")
+        raise Problem(f"{path}: no such file; check the path, and that the model is complete")
     if path.is_dir():
         raise Problem(f"{path}: is a folder, expected a .safetensors file")
     try:
@@ -255,5 +255,6 @@ def _guess(part: Part) -> str:
     if part.kind == "unet" and inputs != 4:
         return f"Its UNet has {inputs} input channels: an inpainting or editing model; get the plain SD 1.x one."
     if part.kind == "unet" and context in (1024, 2048):
-        return f"Its context is {context} wide, SD 1.x has 768: this is an SD {'2.x' if context == 1024 else 'XL'} model."
+        family = "2.x" if context == 1024 else "XL"
+        return f"Its context is {context} wide, SD 1.x has 768: this is an SD {family} model."
     return "Is it complete, and does the config.json beside it belong to it?"

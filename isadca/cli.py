@@ -23,18 +23,7 @@ def parser(recipe: dict | None = None) -> Parser:
                  "decoupled cross-attention and λ. Without --weights: the demo checkpoint.")
     top.add_argument("--version", action="version", version=_version())
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
-
-    p = _command(commands, "vary", "a picture and a prompt become a variation",
-                 'isadca vary examples/cat.png "a lemon" -o lemon.png --lam 0.7')
-    p.add_argument("ref", nargs="?", metavar="REF", help="reference picture, or what `isadca invert` wrote")
-    p.add_argument("prompt", nargs="?", metavar="PROMPT")
-    _out(p, "OUT.png")
-    p.add_argument("--lam", help="λ: 1 is ISA alone, 0 is DCA alone; 0.7, linear:1:0.3 or cosine:1:0 (0.7)")
-    _generation(p)
-    p.add_argument("--attend", metavar="FILE.py:NAME", help="your own attention: a function Controls -> Attend")
-    p.add_argument("--recipe", metavar="PNG", help="make a picture of `isadca vary` again; other flags change it")
-    p.add_argument("--grid", metavar="SHEET.png", help="with --n: also a contact sheet")
-    p.set_defaults(**(recipe or {}))
+    _vary(commands, recipe or {})
 
     p = _command(commands, "sweep", "a labelled grid: one column per λ, one row per prompt",
                  'isadca sweep examples/cat.png "a lemon" "a pig" --lam 0,0.5,1 -o grid.png')
@@ -61,6 +50,20 @@ def parser(recipe: dict | None = None) -> Parser:
     p.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     _command(commands, "methods", "the presets of --method, field by field", "isadca methods")
     return top
+
+
+def _vary(commands, recipe: dict) -> None:
+    p = _command(commands, "vary", "a picture and a prompt become a variation",
+                 'isadca vary examples/cat.png "a lemon" -o lemon.png --lam 0.7')
+    p.add_argument("ref", nargs="?", metavar="REF", help="reference picture, or what `isadca invert` wrote")
+    p.add_argument("prompt", nargs="?", metavar="PROMPT")
+    _out(p, "OUT.png")
+    p.add_argument("--lam", help="λ: 1 is ISA alone, 0 is DCA alone; 0.7, linear:1:0.3 or cosine:1:0 (0.7)")
+    _generation(p)
+    p.add_argument("--attend", metavar="FILE.py:NAME", help="your own attention: a function Controls -> Attend")
+    p.add_argument("--recipe", metavar="PNG", help="make a picture of `isadca vary` again; other flags change it")
+    p.add_argument("--grid", metavar="SHEET.png", help="with --n: also a contact sheet")
+    p.set_defaults(**recipe)
 
 
 def _command(commands, name: str, summary: str, example: str) -> Parser:
@@ -95,15 +98,16 @@ def _generation(p: Parser) -> None:
     p.add_argument("--t-start", type=int, help="(1000)")
     p.add_argument("--layers", type=_layers, help="ISA in these transformer blocks only, such as 10-15 (all)")
     p.add_argument("--replace-above", type=int, metavar="T", help="for t above, ISA sees the reference alone (1000)")
-    p.add_argument("--adain-above", type=int, metavar="T", help="for t above, align ISA's noise to the reference's (1000)")
+    p.add_argument("--adain-above", type=int, metavar="T",
+                   help="for t above, align ISA's noise to the reference's (1000)")
     p.add_argument("--ip-scale", type=float, help="weight of the image prompt (1)")
     p.add_argument("--init", choices=INITS, help="z_T: the reference's, its cells shuffled, or noise (inverted)")
     p.add_argument("--diversity", type=float, help="share of fresh noise in z_T, 0 to 1 (0)")
     p.add_argument("--negative", default="", help='negative prompt ("")')
-    p.add_argument("--seed", type=int, default=0, help="of the first picture; the next have seed + 1, ... (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the first picture; the next has seed + 1 (%(default)s)")
     p.add_argument("--n", type=int, default=1, help="pictures (%(default)s)")
     p.add_argument("--rows-at-once", type=int, default=64, help="rows of one UNet call at most (%(default)s)")
-    p.add_argument("--replay-at-once", type=int, default=5, metavar="M", help="reference steps a UNet call (%(default)s)")
+    p.add_argument("--replay-at-once", type=int, default=5, metavar="M", help="reference steps per call (%(default)s)")
     _inversion(p)
 
 

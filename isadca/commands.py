@@ -20,7 +20,7 @@ from .reference import Reference, load_reference, reconstruct as run_back, save_
 from .reference import invert as run_inversion
 from .variation import Run, decode, sample
 
-DIVERSITY_OF_MANY = 0.1  # where every seed would give the same picture
+DIVERSITY_OF_MANY = 0.3  # where every seed would give the same picture
 
 
 def vary(args: Namespace) -> None:
@@ -28,11 +28,11 @@ def vary(args: Namespace) -> None:
         raise Problem('vary needs REF and PROMPT, or --recipe; see isadca vary --help')
     out = _writable(args.out, ".png")
     sheet = _writable(Path(args.grid), ".png") if args.grid else None
+    seeds = _seeds(args)
     method = _many(args, _method(args, parse_lam(str(args.lam)) if args.lam is not None else None))
     session = Session(args)
     if args.recipe_source:
         check_same(args.recipe_source, args.recipe, Path(args.ref), session.hashes.result())
-    seeds = _seeds(args)
     [z] = session.sample([Run(session.prompt(args.prompt), method, seeds, args.negative)])
     pictures = decode(session.model, z)
     for seed, picture in zip(seeds, pictures):
@@ -49,9 +49,9 @@ def sweep(args: Namespace) -> None:
     """All λ, prompts and seeds as runs side by side: the reference is inverted once and replayed once."""
     out = _writable(args.out, ".png")
     lams = [parse_lam(text) for text in args.lam.split(",")]
+    seeds = _seeds(args)
     method = _many(args, _method(args))
     session = Session(args)
-    seeds = _seeds(args)
     runs = [Run(session.prompt(prompt), replace(method, lam=lam), seeds, args.negative)
             for prompt in args.prompts for lam in lams]
     pictures = [decode(session.model, z) for z in session.sample(runs)]
@@ -59,7 +59,7 @@ def sweep(args: Namespace) -> None:
     by_prompt = [pictures[i: i + len(lams)] for i in range(0, len(pictures), len(lams))]
     rows = [left + [column[j] for column in block] for block in by_prompt for j in range(len(seeds))]
     labels = [prompt + (f", seed {seed}" if len(seeds) > 1 else "") for prompt in args.prompts for seed in seeds]
-    columns = ["reference", "reconstruction", *(f"λ = {text}" for text in args.lam.split(","))]
+    columns = ["reference", "reconstruction", *(f"lambda {text}" for text in args.lam.split(","))]
     save_png(contact_sheet(rows, columns, labels), out, session.recipe())
     print(out)
 
@@ -110,8 +110,8 @@ class Session:
         if saved:
             self.ref = self._saved()
         else:
-            self.ref = run_inversion(self.model, picture, args.steps or 50, self.prompt(args.ref_prompt), args.size,
-                                     progress=self.progress)
+            self.ref = run_inversion(self.model, picture, 50 if args.steps is None else args.steps,
+                                     self.prompt(args.ref_prompt), args.size, progress=self.progress)
 
     def _saved(self) -> Reference:
         ref = load_reference(self.reference_path, fingerprint(self.hashes.result()), self.model.device)
@@ -122,16 +122,15 @@ class Session:
         return ref
 
     def sample(self, runs: list[Run]) -> list[torch.Tensor]:
-        method = runs[0].method
-        if self.model.ip_adapter is None and method.ip_scale and any(run.method.lam != 1 for run in runs):
+        if self.model.ip_adapter is None and any(run.method.wants_image for run in runs):
             note("no IP-Adapter: the DCA branch sees the text alone")
-        kernel_options = dict(at_once=self.args.replay_at_once, rows_at_once=self.args.rows_at_once)
-        return sample(self.model, self.ref, runs, progress=self.progress, **kernel_options)
+        return sample(self.model, self.ref, runs, progress=self.progress, at_once=self.args.replay_at_once,
+                      rows_at_once=self.args.rows_at_once)
 
     def prompt(self, text: str) -> str:
         cut = self.model.tokenizer.cut(text)
         if cut:
-            short = cut if len(cut) < 80 else cut[:77] + "..."
+            short = cut if len(cut) < 80 else f"{cut[:48]} ... {cut[-24:]}"
             note(f"the prompt is longer than {self.model.tokenizer.max_tokens} tokens; not used: {short!r}")
         return text
 

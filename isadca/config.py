@@ -101,9 +101,11 @@ _FIXED = {
                      class_embed_type=(None,), addition_embed_type=(None,), encoder_hid_dim=(None,),
                      time_cond_proj_dim=(None,), transformer_layers_per_block=(1,), num_class_embeds=(None,),
                      resnet_time_scale_shift=("default",), time_embedding_type=("positional",),
-                     attention_type=("default",), num_attention_heads=(None,), upcast_attention=(False, None)),
-    VAEConfig: dict(act_fn=("silu",), use_quant_conv=(True,), use_post_quant_conv=(True,),
-                    mid_block_add_attention=(True,), shift_factor=(None,), latents_mean=(None,), latents_std=(None,)),
+                     attention_type=("default",), num_attention_heads=(None,), upcast_attention=(False, None),
+                     in_channels=(4,), out_channels=(4,)),  # inpainting and editing models read 9 and 8
+    VAEConfig: dict(act_fn=("silu",), in_channels=(3,), latent_channels=(4,), use_quant_conv=(True,),
+                    use_post_quant_conv=(True,), mid_block_add_attention=(True,), shift_factor=(None,),
+                    latents_mean=(None,), latents_std=(None,)),
     CLIPTextConfig: dict(hidden_act=("quick_gelu", "gelu")),
     CLIPVisionConfig: dict(hidden_act=("quick_gelu", "gelu"), num_channels=(3,)),
     ScheduleConfig: dict(prediction_type=("epsilon",), trained_betas=(None,), rescale_betas_zero_snr=(False,),
@@ -128,11 +130,11 @@ def read_config(cls, path: str | Path):
     for key, allowed in _FIXED[cls].items():
         if key in raw and raw[key] not in allowed:
             raise Problem(f"{path}: {key} is {raw[key]!r}, isadca computes {' or '.join(map(repr, allowed))} only; "
-                          "use a Stable Diffusion 1.x model")
+                          "use a plain Stable Diffusion 1.x model")
     values = {field: raw[key] for key, field in _NAMES[cls].items() if key in raw}
     if cls is UNetConfig:
         values |= _unet_levels(raw, path)
-    if cls is CLIPTextConfig and "CLIPTextModelWithProjection" in (raw.get("architectures") or []):
+    if cls is CLIPTextConfig and "CLIPTextModelWithProjection" in str(raw.get("architectures")):
         values["projection_dim"] = raw.get("projection_dim", 512)
     return _checked(cls, {field: tuple(v) if isinstance(v, list) else v for field, v in values.items()}, path)
 
@@ -143,22 +145,34 @@ def _unet_levels(raw: dict, path: Path) -> dict:
     if down is None:
         return {}
     names = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
-    attention, mirrored = [names.get(n) for n in down], [names.get(n) for n in reversed(up or [])]
-    if None in attention or attention != mirrored:
-        raise Problem(f"{path}: block types {down} and {up} are not those of Stable Diffusion 1.x")
+    attention, mirrored = ([names.get(str(n)) for n in types] if isinstance(types, list) else [None]
+                           for types in (down, up))
+    if None in attention or attention != mirrored[::-1]:
+        raise Problem(f"{path}: block types {down} and {up} are not those of Stable Diffusion 1.x; use a plain one")
     return {"attention": attention}
 
 
 def _checked(cls, values: dict, path: Path):
     """Build `cls`, turning a wrong type or size into one line that names the file and the field."""
-    default = cls()
+    default, again = cls(), "copy the file again from the model's repository"
     for field, value in values.items():
-        expected = type(getattr(default, field))
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        fits = {int: whole and value >= 0, float: whole or isinstance(value, float),
-                tuple: isinstance(value, tuple) and len(value) > 0, bool: isinstance(value, bool),
-                str: isinstance(value, str)}.get(expected, whole)
-        if not fits:
-            raise Problem(f"{path}: {field} is {value!r}, expected a {expected.__name__}; "
-                          "copy the file again from the model's repository")
-    return cls(**values)
+        usual = 1 if field == "projection_dim" else getattr(default, field)
+        if not _fits(value, usual, least=0 if field == "steps_offset" else 1):
+            raise Problem(f"{path}: {field} is {value!r}, expected a {type(usual).__name__} such as {usual!r}; {again}")
+    config = cls(**values)
+    widths = getattr(config, "channels", (getattr(config, "width", 0),))
+    for field in ("n_heads", "norm_groups"):
+        if any(width % getattr(config, field, 1) for width in widths):
+            raise Problem(f"{path}: {field} is {getattr(config, field)}, which does not divide {widths}; {again}")
+    if len(getattr(config, "attention", widths)) != len(widths):
+        raise Problem(f"{path}: {len(widths)} channels for {len(config.attention)} block types; {again}")
+    return config
+
+
+def _fits(value, usual, least: int) -> bool:
+    """Whether a value has the type of the usual one, and its numbers a size that can be built."""
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple) and len(value) > 0 and all(_fits(v, usual[0], least) for v in value)
+    if isinstance(usual, float):
+        return type(value) in (int, float) and 0 < value < float("inf")
+    return type(value) is type(usual) and (type(value) is not int or value >= least)

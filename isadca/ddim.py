@@ -52,7 +52,7 @@ class Schedule:
 
 
 def predict_x0(z: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
-    """The clean latent that noise `eps` implies; the paper's Eq. 3 with σ = 0 is this, read literally."""
+    """The clean latent that noise `eps` implies; the paper's step with σ = 0 is this, read literally."""
     return (z - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
 
 

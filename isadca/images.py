@@ -30,6 +30,7 @@ def load_image(path: str | Path) -> Image.Image:
     path = Path(path)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old cameras' EXIF and the like
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as file:
                 return _rgb(ImageOps.exif_transpose(file))
@@ -42,7 +43,9 @@ def load_image(path: str | Path) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise Problem(f"{path}: not a picture that can be read; convert it to one of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise Problem(f"{path}: the picture is damaged ({error})") from None
+        reason = getattr(error, "strerror", None)  # only the file system's errors have one
+        raise Problem(f"{path}: cannot be read ({reason})" if reason else
+                      f"{path}: the picture is damaged ({error}); save it anew") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -55,7 +58,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """Centre-crop to a square, then resize to size × size (bicubic; untouched where it already is)."""
+    """Centre-crop to a square, then resize to size × size (bicubic; untouched where it already is). Gives RGB."""
+    image = _rgb(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
@@ -76,6 +80,7 @@ def to_images(x: Tensor) -> list[Image.Image]:
 def clip_pixels(image: Image.Image, size: int) -> Tensor:
     """PIL -> what CLIP's image encoder reads, (1,3,size,size): shortest side to `size` (bicubic, antialiased),
     centre crop, normalise. The same as transformers' CLIPImageProcessor on PIL."""
+    image = _rgb(image)
     short = min(image.size)
     resized = image.resize((size * image.width // short, size * image.height // short), Image.Resampling.BICUBIC)
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
@@ -98,11 +103,18 @@ def contact_sheet(rows: list[list[Image.Image]], columns: list[str], labels: lis
     width, height = len(columns) * (tile + gap) + gap, line + len(rows) * (line + tile + gap)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
+
+    def write(x: int, y: int, text: str, colour: str, room: int) -> None:
+        text = " ".join(text.split())[:room]  # one line, no wider than its column
+        while font.getlength(text) > room:
+            text = text[:-1]
+        draw.text((x, y), text, colour, font)
+
     for i, heading in enumerate(columns):
-        draw.text((gap + i * (tile + gap), 1), heading, "black", font)
+        write(gap + i * (tile + gap), 1, heading, "black", tile)
     for j, (row, label) in enumerate(zip(rows, labels)):
         top = line + j * (line + tile + gap)
-        draw.text((gap, top), label, "dimgray", font)
+        write(gap, top, label, "dimgray", width - 2 * gap)
         for i, image in enumerate(row):
             big = image.resize((tile, tile), Image.Resampling.NEAREST if tile > image.width else None)
             sheet.paste(big, (gap + i * (tile + gap), top + line))
@@ -113,7 +125,7 @@ def save_png(image: Image.Image, path: str | Path, recipe: dict | None = None) -
     """Write a PNG whole or not at all (temporary file, then rename), with the recipe as a text chunk."""
     info = PngImagePlugin.PngInfo()
     if recipe is not None:
-        info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
+        info.add_itxt(RECIPE_KEY, json.dumps(recipe))  # ASCII: a path may hold bytes that are not UTF-8
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
@@ -126,23 +138,28 @@ class atomic_write:
 
     def __enter__(self) -> str:
         try:
+            if self.path.exists() and not self.path.is_file():  # the rename would replace a device by a file
+                raise OSError(0, "is not a regular file")
             handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
         except OSError as error:
-            raise Problem(f"{self.path}: cannot write there ({error.strerror}); choose another -o") from None
+            raise self._problem(error) from None
         os.close(handle)
-        os.chmod(self.temporary, 0o666 & ~_umask())  # mkstemp's 0600 is not what users expect of a picture
         return self.temporary
 
     def __exit__(self, kind, error, trace) -> None:
         try:
             if kind is None:
+                os.chmod(self.temporary, 0o666 & ~_umask())  # mkstemp's and safetensors' 0600 is not what users expect
                 os.replace(self.temporary, self.path)
         except OSError as failed:
-            raise Problem(f"{self.path}: cannot write there ({failed.strerror}); choose another -o") from None
+            raise self._problem(failed) from None
         finally:
             Path(self.temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise Problem(f"{self.path}: cannot write there ({error.strerror}); choose another -o") from None
+            raise self._problem(error) from None
+
+    def _problem(self, error: OSError) -> Problem:
+        return Problem(f"{self.path}: cannot write there ({error.strerror or error}); choose another -o")
 
 
 def _umask() -> int:

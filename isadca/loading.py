@@ -144,8 +144,9 @@ def build(part: Part) -> nn.Module:
         try:
             return IPAdapter(part.shapes)
         except (KeyError, ValueError, IndexError) as error:
-            raise Problem(f"{part.path}: an IP-Adapter of no published layout ({error} is missing or misshapen); isadca "
-                          "reads ip-adapter_sd15 and its light, plus, plus-face, full-face and vit-G variants") from None
+            raise Problem(f"{part.path}: an IP-Adapter of no published layout ({error} is missing or misshapen); "
+                          "isadca reads ip-adapter_sd15 and its light, plus, plus-face, full-face and vit-G "
+                          "variants") from None
 
 
 def _check_fit(networks: dict, found: dict[str, Part]) -> None:

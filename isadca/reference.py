@@ -59,7 +59,7 @@ def invert(model: Model, image: Image.Image, steps: int = 50, prompt: str = "", 
     RIVAL's convention: the stride from t-20 up to t evaluates the UNet on z̄ at level t-20 with the label t.
     """
     grid = model.schedule.steps(steps)
-    image = fit(image, model.check_size(size or model.size))
+    image = fit(image, model.check_size(model.size if size is None else size))
     context = model.context([prompt])
     chain = [model.encode(to_tensor(image))]
     for t, t_prev in progress(grid[::-1], "inverting"):

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer as BPETokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Encoding, Regex, Tokenizer as BPETokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from .config import Problem
@@ -25,12 +25,15 @@ class Tokenizer:
             ids = json.loads(Path(vocab).read_text(encoding="utf-8"))
             lines = Path(merges).read_text(encoding="utf-8").splitlines()
             pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            if len(pairs) < len(ids) - 514:  # all but the 2 x 256 bytes and the 2 special tokens come from merges
+                raise ValueError(f"{len(pairs)} merges for {len(ids)} tokens")
             self._bpe = _clip_bpe(ids, pairs)
             self.start_id, self.end_id = ids[START], ids[END]
         except OSError as error:
             raise Problem(f"{error.filename}: cannot read the tokenizer ({error.strerror})") from None
         except Exception as error:  # the Rust side raises plain Exception
-            raise Problem(f"{vocab}, {merges}: not a CLIP vocabulary ({error}); copy both again") from None
+            reason = str(error).partition("\n")[0]
+            raise Problem(f"{vocab}, {merges}: not a CLIP vocabulary ({reason}); copy both again") from None
         self.max_tokens = max_tokens
 
     @classmethod
@@ -40,20 +43,26 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         rows = []
         for text in texts:
-            words = self._bpe.encode(text, add_special_tokens=False).ids[: self.max_tokens - 2]
+            words = self._encode(text).ids[: self.max_tokens - 2]
             row = [self.start_id, *words, self.end_id]
             rows.append(row + [self.end_id] * (self.max_tokens - len(row)))
         return torch.tensor(rows)
 
     def cut(self, text: str) -> str:
         """The tail of `text` that does not fit into max_tokens; empty when all of it does."""
-        encoded = self._bpe.encode(text, add_special_tokens=False)
+        encoded = self._encode(text)
         room = self.max_tokens - 2
         return text[encoded.offsets[room][0]:].strip() if len(encoded.ids) > room else ""
 
     def pieces(self, text: str) -> list[str]:
         """The tokens of `text` as strings, in the order of the context's rows 1, 2, ... (row 0 is the start)."""
-        return self._bpe.encode(text, add_special_tokens=False).tokens[: self.max_tokens - 2]
+        return self._encode(text).tokens[: self.max_tokens - 2]
+
+    def _encode(self, text: str) -> Encoding:
+        try:
+            return self._bpe.encode(text, add_special_tokens=False)
+        except TypeError:  # half of a surrogate pair: an argument in another encoding than the terminal's
+            raise Problem(f"prompt {text!r} is not Unicode text; type it again in UTF-8") from None
 
 
 def _clip_bpe(ids: dict[str, int], pairs: list[tuple[str, str]]) -> BPETokenizer:

@@ -113,7 +113,7 @@ def branches(controls: Controls) -> list[Attend]:
         return [method.mix(controls)]
     if method.mix == "attention":
         return [mix_in_attention(controls)]
-    isa_branch, dca_branch = isa_of(controls), dca(controls.ip_kv, method.ip_scale if controls.ip_kv else 0, kernel)
+    isa_branch, dca_branch = isa_of(controls), dca(controls.ip_kv, method.ip_scale, kernel)
     return [isa_branch] if lam == 1 else [dca_branch] if lam == 0 else [isa_branch, dca_branch]
 
 
@@ -129,8 +129,7 @@ def mix_in_attention(controls: Controls) -> Attend:
     """The other reading of λ: mix inside every block, at half the rows. Self-attention is (1-λ)·plain + λ·ISA; in
     cross-attention the text is in both branches, so the image's share is what (1-λ) scales."""
     _, lam, _, ip_kv, method, kernel = controls
-    scale = (1 - lam) * method.ip_scale if ip_kv else 0
-    return by_kind(blend(kernel, isa_of(controls), lam), dca(ip_kv, scale, kernel))
+    return by_kind(blend(kernel, isa_of(controls), lam), dca(ip_kv, (1 - lam) * method.ip_scale, kernel))
 
 
 def guide(eps: Tensor, halves: int, m: float) -> Tensor:
@@ -153,7 +152,7 @@ def condition(model: Model, ref: Reference, run: Run, image_embeds: Tensor | Non
     """The prompts' context and the image prompt's keys and values, by guidance half. They do not depend on t."""
     guided = run.method.guidance != 1
     context = model.context([run.negative, run.prompt] if guided else [run.prompt])
-    if model.ip_adapter is None or run.method.ip_scale == 0 or run.method.lam == 1:
+    if model.ip_adapter is None or not run.method.wants_image:
         return Conditions(context, {})
     tokens = model.image_tokens(ref.image, image_embeds)
     unet = model.unet

@@ -1,0 +1,210 @@
+"""What the package promises about itself: its equations can be found, its parts stay small and in order, and it is
+light to import. Read off the source with `ast`."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import isadca
+
+SOURCES = {path.stem: path for path in sorted((ROOT / "isadca").glob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+EACH_MODULE = pytest.mark.parametrize("module", SOURCES)
+
+# which function is which equation of the paper
+EQUATIONS = {2: "ddim.add_noise", 3: "ddim.step", 4: "ddim.inverse_step", 5: "attention.isa",
+             6: "attention.attend_reference", 7: "ip_adapter.IPAdapter.keys_values", 8: "attention.dca",
+             9: "variation.predict", 10: "ddim.step"}
+NUMBERS = re.compile(r"\bEqs?\.\s+(\d+(?:(?:\s*[-–,]\s*|\s+and\s+)\d+)*)")
+
+# a module imports from the rungs before its own only
+LADDER = [["config"], ["attention", "ddim", "methods"], ["layers"],
+          ["checkpoints", "clip", "images", "ip_adapter", "tokenizer", "unet", "vae"], ["model", "recipe"], ["loading"],
+          ["reference"], ["variation"], ["commands"], ["cli"], ["__main__"]]
+THIRD_PARTY = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "tqdm"}
+DISTRIBUTIONS = {"PIL": "pillow"}  # where it is not the module's name
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def functions(node, prefix: str):
+    """Every function below `node`, methods and inner functions too, with its dotted name."""
+    for child in ast.iter_child_nodes(node):
+        inner = prefix
+        if isinstance(child, (*FUNCTIONS, ast.ClassDef)):
+            inner = f"{prefix}.{child.name}"
+            if isinstance(child, FUNCTIONS):
+                yield inner, child
+        yield from functions(child, inner)
+
+
+def cited(text: str) -> set[int]:
+    """"Eq. 5", "Eqs. 3 and 10", "Eqs. 5-8" -> the numbers."""
+    found = set()
+    for group in NUMBERS.findall(text):
+        for part in re.split(r"\s*,\s*|\s+and\s+", group):
+            first, *last = map(int, re.split(r"\s*[-–]\s*", part))
+            found |= set(range(first, (last or [first])[0] + 1))
+    return found
+
+
+def imports(tree) -> list[tuple[str, bool]]:
+    """(module, whether it is the package's own), lazy imports too. "" is the package itself."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, False) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names = [alias.name if alias.name in SOURCES else "" for alias in node.names]
+            found += [(name, True) for name in ([node.module] if node.module else names)]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module, False))
+    return found
+
+
+def outside(module: str) -> set[str]:
+    """Top-level names that a module imports beyond the standard library and the package."""
+    roots = {name.split(".")[0] for name, own in imports(TREES[module]) if not own}
+    return roots - sys.stdlib_module_names
+
+
+# ---- text ----------------------------------------------------------------------------------------------------
+
+def test_each_equation_is_in_one_functions_docstring():
+    """A reader with the paper open finds the function by searching for the number, and finds it once."""
+    places = {}
+    for module, tree in TREES.items():
+        for name, function in functions(tree, module):
+            for number in cited(ast.get_docstring(function) or ""):
+                places.setdefault(number, []).append(name)
+    assert places == {number: [name] for number, name in EQUATIONS.items()}
+
+
+def test_reading_of_equation_numbers():
+    assert cited("Eq. 5: a; Eqs. 3 and 10, b (Eqs. 6-8), Eqs. 11, 12 and\n14") == {3, 5, 6, 7, 8, 10, 11, 12, 14}
+    assert cited("Equality 5, eqs 7, seq. 3") == set()
+
+
+@pytest.mark.parametrize("name", isadca.__all__)
+def test_what_is_exported_exists_and_is_explained(name):
+    """The source is asked: a dataclass without a docstring would be given one by Python."""
+    assert hasattr(isadca, name)
+    defined = {node.name: node for node in TREES[isadca._MODULE[name]].body
+               if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
+    if name in defined:
+        assert ast.get_docstring(defined[name]), f"{name} has no docstring"
+    else:
+        assert name.isupper(), f"{name} is neither a function, a class nor a constant of {isadca._MODULE[name]}"
+
+
+@EACH_MODULE
+def test_a_module_says_what_it_is(module):
+    assert ast.get_docstring(TREES[module]) or module == "__main__"
+
+
+# ---- size ----------------------------------------------------------------------------------------------------
+
+@EACH_MODULE
+def test_sizes(module):
+    """Files of at most 300 lines, functions of 40, lines of 120 characters."""
+    lines = SOURCES[module].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 300
+    assert [(i, len(line)) for i, line in enumerate(lines, 1) if len(line) > 120] == []
+    lengths = {name: f.end_lineno - f.lineno + 1 for name, f in functions(TREES[module], module)}
+    assert {name: n for name, n in lengths.items() if n > 40} == {}
+
+
+# ---- order ---------------------------------------------------------------------------------------------------
+
+def test_every_module_has_its_rung():
+    assert sorted(sum(LADDER, [])) == sorted(SOURCES.keys() - {"__init__"}), "put the new module on the ladder"
+
+
+@EACH_MODULE
+def test_nothing_imports_upward(module):
+    """Within functions neither. The package itself, "", is for `__version__` alone; it imports nothing."""
+    own = {name for name, ours in imports(TREES[module]) if ours}
+    if module == "__init__":
+        assert own == set()
+        return
+    rung = next(i for i, names in enumerate(LADDER) if module in names)
+    assert own <= ({"", *sum(LADDER[:rung], [])} if module != "attention" else set())
+    assert "isadca" not in outside(module), "import relatively, so that a copy under another name works"
+
+
+@EACH_MODULE
+def test_third_party_imports(module):
+    """attention.py can be lifted out of the repository: torch is all it needs (nor does it import its siblings)."""
+    assert outside(module) <= ({"torch"} if module == "attention" else THIRD_PARTY)
+
+
+def test_setup_declares_what_is_imported():
+    declared = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL).group(1)
+    used = set().union(*map(outside, SOURCES))
+    assert set(re.findall(r'"([a-z]+)', declared)) == {DISTRIBUTIONS.get(name, name) for name in used}
+
+
+@EACH_MODULE
+def test_only_the_commands_print(module):
+    calls = [node.lineno for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)
+             and isinstance(node.func, ast.Name) and node.func.id == "print"]
+    assert calls == [] or module in ("commands", "cli")
+
+
+# ---- imports that run ------------------------------------------------------------------------------------------
+
+def run_python(code: str, cwd) -> str:
+    """A fresh interpreter's standard output. This process has imported isadca, so its environment may be changed."""
+    env = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT") if key in os.environ}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True,
+                          env=env | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_does_not_wait_for_torch(tmp_path):
+    """Nor does --version, a command's help, or the message about a mistyped flag."""
+    code = f"""
+import contextlib, io, sys
+from isadca.cli import main
+for argv in ["--help"], ["--version"], ["vary", "--help"], ["sweep", "--nonsense"], []:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            main(argv)
+print(sorted(set({sorted(THIRD_PARTY)}) & sys.modules.keys()))"""
+    assert run_python(code, tmp_path) == "[]\n"
+
+
+def test_importing_isadca_imports_nothing_else(tmp_path):
+    code = """
+import sys
+before = set(sys.modules)
+import isadca
+print(sorted({name.split(".")[0] for name in sys.modules.keys() - before} - sys.stdlib_module_names))"""
+    assert run_python(code, tmp_path) == "['isadca']\n"
+
+
+def test_importing_every_module_leaves_the_process_as_it_was(tmp_path):
+    """No seeds, dtypes, threads, warning filters, environment variables or files."""
+    code = f"""
+import os, signal, sys, threading, warnings
+import numpy, PIL.Image, PIL.ImageDraw, PIL.ImageFont, PIL.ImageOps, PIL.PngImagePlugin, safetensors.torch
+import tokenizers, torch, tqdm
+def state():
+    return dict(environment=dict(os.environ), path=list(sys.path), filters=list(warnings.filters),
+                dtype=torch.get_default_dtype(), threads=(torch.get_num_threads(), threading.active_count()),
+                rng=torch.get_rng_state().tolist(), numpy_rng=str(numpy.random.get_state()),
+                grad=torch.is_grad_enabled(), deterministic=torch.are_deterministic_algorithms_enabled(),
+                tf32=torch.backends.cuda.matmul.allow_tf32, pixels=PIL.Image.MAX_IMAGE_PIXELS,
+                interrupt=signal.getsignal(signal.SIGINT), files=os.listdir())
+before = state()
+for name in {[name for name in SOURCES if name != "__main__"]}:
+    __import__("isadca." + name)
+after = state()
+print([key for key in before if before[key] != after[key]])"""
+    assert run_python(code, tmp_path) == "[]\n"
