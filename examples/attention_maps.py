@@ -96,11 +96,12 @@ def main(argv=None) -> None:
     parser.add_argument("prompt")
     parser.add_argument("-o", "--out", required=True)
     parser.add_argument("--weights")
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--points", default="0.08,0.08;0.5,0.5;0.9,0.6", help="x,y;... as fractions")
     args = parser.parse_args(argv)
 
     model = isadca.load(args.weights)
-    ref = isadca.invert(model, isadca.load_image(args.ref))
+    ref = isadca.invert(model, isadca.load_image(args.ref), args.steps)
     points = [tuple(map(float, p.split(","))) for p in args.points.split(";")]
     picture, recorder = record(model, ref, args.prompt, points)
 
@@ -116,7 +117,8 @@ def main(argv=None) -> None:
     by_word = [heat(sum(recorder.words[t, fine][:, i + 1] for t in grid), recorder.hw[fine], picture)
                for i in range(len(words))]
     blank = Image.new("RGB", (TILE, TILE), "white")
-    rows.append(([picture.resize((TILE, TILE), Image.Resampling.NEAREST), blank] + by_word + [blank] * 99)[: len(rows[0])])
+    big = picture.resize((TILE, TILE), Image.Resampling.NEAREST)
+    rows.append(([big, blank] + by_word + [blank] * 99)[: len(rows[0])])
     chart = shares(recorder, times, layers)
     bars = [chart.crop((i * TILE, 0, (i + 1) * TILE, TILE)) for i in range(len(times))]
     rows.append(([blank, blank] + bars + [blank] * 99)[: len(rows[0])])

@@ -14,7 +14,6 @@ from .config import Problem
 from .images import contact_sheet, load_image, psnr, save_png
 from .loading import load, parts_of
 from .methods import PRESETS, Method, method_named, parse_lam
-from .model import Model
 from .recipe import check_same, fingerprint, hash_files, make_recipe
 from .reference import Reference, load_reference, reconstruct as run_back, save_reference
 from .reference import invert as run_inversion

@@ -109,7 +109,7 @@ _FIXED = {
     CLIPTextConfig: dict(hidden_act=("quick_gelu", "gelu")),
     CLIPVisionConfig: dict(hidden_act=("quick_gelu", "gelu"), num_channels=(3,)),
     ScheduleConfig: dict(prediction_type=("epsilon",), trained_betas=(None,), rescale_betas_zero_snr=(False,),
-                         beta_schedule=("scaled_linear", "linear")),
+                         beta_schedule=("scaled_linear", "linear"), steps_offset=(0, 1)),
 }
 
 

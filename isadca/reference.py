@@ -110,8 +110,11 @@ def save_reference(ref: Reference, path: str | Path, weights: str) -> None:
     """Write a reference as safetensors; `weights` is the fingerprint of the model that made it."""
     tensors = {"chain": ref.chain.contiguous().cpu(), "image": torch.from_numpy(np.array(ref.image))}
     about = {"format": "isadca reference 1", "prompt": ref.prompt, "weights": weights}
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, about)
+    try:
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, about)
+    except SafetensorError as error:  # a full disk, for one
+        raise Problem(f"{path}: cannot write there ({error}); choose another -o") from None
 
 
 def load_reference(path: str | Path, weights: str, device: torch.device | str = "cpu") -> Reference:

@@ -59,7 +59,8 @@ def tiny_model(dtype: torch.dtype = torch.float64) -> Model:
     networks = [unet, vae, text, vision, IPAdapter(shapes)]
     for network in networks:
         for parameter in network.parameters():  # strong weights, so that every input matters
-            torch.nn.init.normal_(parameter, std=1.5 * max(parameter[0].numel(), 1) ** -0.5 if parameter.ndim > 1 else 1)
+            fan_in = parameter[0].numel()
+            torch.nn.init.normal_(parameter, std=1.5 * fan_in**-0.5 if parameter.ndim > 1 else 1)
         network.to(dtype).eval().requires_grad_(False)
     tokenizer = Tokenizer.from_folder(DEMO / "tokenizer", 12)
     unet, vae, text, vision, adapter = networks

@@ -175,7 +175,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit, fine):
 
 # --- the recipe
 
-@pytest.mark.parametrize("recipe", [{}, {"args": {"prompt": 'a "猫" é 😀\nλ', "lam": 0.7, "n": None, "list": [1, True]}},
+@pytest.mark.parametrize("recipe", [{}, {"args": {"prompt": 'a "猫" é 😀\nλ', "lam": 0.7, "n": None, "l": [1, True]}},
                                     {"ref": "caf\udce9.png"}, {"long": "x" * 3_000_000}],
                          ids=["empty", "unicode", "a path that is not UTF-8", "long"])
 def test_the_recipe_comes_back(tmp_path, recipe):

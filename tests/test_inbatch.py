@@ -61,7 +61,9 @@ FOUR = Layout(1, isa=((1, 0), (3, 2)), image=(1, 3), inside=True)  # [ref_u, z_u
 
 
 def lam_at(method: Method, t: int) -> float:
-    return method.lam(t, 1000) if callable(method.lam) else method.lam
+    if isinstance(method.lam, Linear):
+        return method.lam.first * t / 1000 + method.lam.last * (1 - t / 1000)
+    return method.lam
 
 
 def self_rule(method: Method, layout: Layout, layer: int):

@@ -152,17 +152,19 @@ def test_vae_is_in_single_precision_under_fp16():
 
 # ---- attention heads and adapters ----------------------------------------------------------------------------
 
-def test_attention_head_dim_8_means_8_heads(tmp_path):
-    """The name in config.json is a historical mistake; heads are 40, 80 and 160 wide in SD1.5."""
-    (tmp_path / "config.json").write_text(json.dumps({"attention_head_dim": 8}))
+@pytest.mark.parametrize("heads", [8, 5])
+def test_attention_head_dim_is_the_number_of_heads(tmp_path, heads):
+    """The name in config.json is a historical mistake: SD1.5's 8 means 8 heads, which are 40, 80 and 160 wide."""
+    (tmp_path / "config.json").write_text(json.dumps({"attention_head_dim": heads}))
     unet, seen = on_meta(UNet, read_config(UNetConfig, tmp_path / "config.json")), {}
 
     def widths(q, k, v, site):
         seen[site.name.split(".attentions")[0]] = (q.shape[1], q.shape[3])
         return attend(q, k, v, site)
     unet(torch.randn(1, 4, 8, 8, device="meta"), 1, torch.randn(1, 77, 768, device="meta"), widths)
-    assert seen == {"down_blocks.0": (8, 40), "down_blocks.1": (8, 80), "down_blocks.2": (8, 160),
-                    "mid_block": (8, 160), "up_blocks.1": (8, 160), "up_blocks.2": (8, 80), "up_blocks.3": (8, 40)}
+    channels = {"down_blocks.0": 320, "down_blocks.1": 640, "down_blocks.2": 1280, "mid_block": 1280,
+                "up_blocks.1": 1280, "up_blocks.2": 640, "up_blocks.3": 320}
+    assert seen == {block: (heads, c // heads) for block, c in channels.items()}
 
 
 def test_adapter_files_number_the_layers_down_up_mid():

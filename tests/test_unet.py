@@ -171,13 +171,12 @@ def test_gradients_reach_the_latents_through_frozen_weights(unet, name):
 
 def test_no_attend_leaves_a_trace(unet):
     """Weights and sites stay byte-identical, and so does the next plain call: no state is kept on modules."""
-    z, t, context = unet_inputs(unet, (4, 8), torch.float64)
-    kv = extra_kv(unet, z, context)
-
     def frozen():
         return ({key: tensor.numpy().tobytes() for key, tensor in unet.state_dict().items()},
                 [(site, unet.get_submodule(site.name).site) for site in unet.sites])
-    before, plain = frozen(), unet(z, t, context)
+    before = frozen()
+    z, t, context = unet_inputs(unet, (4, 8), torch.float64)
+    kv, plain = extra_kv(unet, z, context), unet(z, t, context)
     for name, attend_variant in variants(kv).items():
         changed = not torch.allclose(unet(z, t, context, attend_variant), plain)
         assert changed == (name not in ("plain", "written out", "capture")), name
