@@ -24,7 +24,7 @@ class Method:
     t_start: int = 1000           #   elsewhere the step is plain text-guided
     replace_above: int = 1000     # for t above, ISA sees the reference alone; below, reference and self
     adain_above: int = 1000       # for t above, ISA's noise takes the reference noise's mean and deviation
-    layers: tuple[int, ...] | None = None  # ISA in these transformer blocks only, in execution order
+    layers: tuple[int, ...] | None = None  # ISA in these transformer blocks only; -1 is the last in execution order
     ip_scale: float = 1.0         # weight of DCA's image branch
     init: str = "inverted"        # z_T: "inverted", "shuffle" (its cells permuted) or "random"
     diversity: float = 0.0        # d: z_T becomes sqrt(1-d) z_T + sqrt(d) noise
@@ -49,8 +49,8 @@ class Method:
         """Whether any step uses the image prompt."""
         return self.ip_scale != 0 and (self.lam != 1 or callable(self.mix))
 
-    def check(self, T: int) -> "Method":
-        """Self, or a Problem that names the field, its value and what it may be."""
+    def check(self, T: int, n_layers: int | None = None) -> "Method":
+        """Self, with `layers` counted from the start; or a Problem that names the field, its value, what it may be."""
         rules = [("guidance", self.guidance, math.isfinite(self.guidance), "a finite number; the paper has 7"),
                  ("k", self.k, 0 <= self.k < T, f"0 to {T - 1}; control is on for t > k"),
                  ("t_start", self.t_start, self.k < self.t_start, f"more than k, which is {self.k}"),
@@ -63,7 +63,11 @@ class Method:
                 raise Problem(f"{name} is {value}, expected {expected}")
         if not callable(self.lam):
             self.lam_at(T, T)
-        return self
+        if self.layers is None or n_layers is None:
+            return self
+        if not all(-n_layers <= layer < n_layers for layer in self.layers):
+            raise Problem(f"layers is {self.layers}, expected 0 to {n_layers - 1}: this UNet has {n_layers} of them")
+        return replace(self, layers=tuple(layer % n_layers for layer in self.layers))
 
     @property
     def deterministic(self) -> bool:
@@ -123,9 +127,9 @@ PRESETS = {method.name: method for method in [
            source="RIVAL; dvlab-research/RIVAL configs/rival_editing.json, editing_early_steps 900"),
     Method("ip-adapter", lam=0.0, guidance=7.5, init="random",
            source="IP-Adapter, arXiv 2308.06721; tencent-ailab/IP-Adapter ip_adapter.py, generate()"),
-    Method("masactrl", lam=1.0, guidance=7.5, replace_above=-1, t_start=901, layers=tuple(range(10, 16)),
+    Method("masactrl", lam=1.0, guidance=7.5, replace_above=-1, t_start=901, layers=tuple(range(-6, 0)),
            ip_scale=0.0,
-           source="MasaCtrl, arXiv 2304.08465; TencentARC/MasaCtrl masactrl.py, start_step 4, start_layer 10"),
+           source="MasaCtrl, arXiv 2304.08465; TencentARC/MasaCtrl masactrl.py, start_step 4, start_layer 10 of 16"),
     Method("plain", lam=0.0, guidance=7.5, ip_scale=0.0, init="random",
            source="Stable Diffusion 1.5 text-to-image, DDIM"),
 ]}

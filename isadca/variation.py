@@ -7,7 +7,7 @@ Shapes: N variations of one run, one per seed; G guidance halves, [unconditional
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -67,9 +67,10 @@ def sample(model: Model, ref: Reference, runs: list[Run], replayed: Iterable[See
     CLIP embedding; `on_step(run, t, z_t, noise)` is called before each update.
     """
     T = model.schedule.config.train_steps
-    methods = [run.method.check(T) for run in runs]
+    runs = [replace(run, method=run.method.check(T, len(model.unet.sites) // 2)) for run in runs]
     if replayed is None:
-        replayed = replay(model, ref, lambda t: any(m.wants_reference(t, T) for m in methods), at_once, kernel)
+        wanted = lambda t: any(run.method.wants_reference(t, T) for run in runs)
+        replayed = replay(model, ref, wanted, at_once, kernel)
     told = [condition(model, ref, run, image_embeds) for run in runs]
     zs = [initial_latents(ref, run) for run in runs]
     for (t, t_prev), seen in zip(progress(model.schedule.steps(ref.steps), "sampling"), replayed):

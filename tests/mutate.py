@@ -5,7 +5,7 @@
     python tests/mutate.py ddim.py --list        the mutants, without running anything
 
 Each mutant runs in a forked process that has torch and the oracles loaded already. Survivors are printed with their
-line; those in tests/mutants_accepted.txt (file, mutant, reason) are equivalent to the original or accepted.
+line; those in tests/mutants_accepted.txt (file, line, mutant, reason) are equivalent to the original or accepted.
 """
 
 import argparse
@@ -81,8 +81,8 @@ def code_nodes(tree: ast.AST):
                     yield from code_nodes(child)
 
 
-def mutants(source: str) -> list[tuple[str, str]]:
-    """(description, mutated source) of every mutant of a file."""
+def mutants(source: str) -> list[tuple[int, str, str]]:
+    """(line number, what was changed, mutated source) of every mutant of a file."""
     tree, found = ast.parse(source), []
     for node in code_nodes(tree):
         for what, field, new in mutations(node):
@@ -90,7 +90,7 @@ def mutants(source: str) -> list[tuple[str, str]]:
             setattr(node, field, new)
             ast.fix_missing_locations(tree)
             if ast.unparse(node) != before:
-                found.append((f"{getattr(node, 'lineno', 0)}: {what}: {before} -> {ast.unparse(node)}",
+                found.append((getattr(node, "lineno", 1), f"{what}: {before} -> {ast.unparse(node)}",
                               ast.unparse(tree)))
             setattr(node, field, old)
     return found
@@ -123,11 +123,11 @@ def survives(file: str, source: str) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def accepted() -> dict[tuple[str, str], str]:
-    """(file, mutant without its line number) -> why it may survive."""
+def accepted() -> dict[tuple[str, str, str], str]:
+    """(file, text of the line, what was changed) -> why it may survive."""
     lines = (HERE / "mutants_accepted.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
-    return {(file, mutant): reason for file, mutant, reason in rows}
+    return {(file, line, change): reason for file, line, change, reason in rows}
 
 
 def main() -> None:
@@ -141,14 +141,16 @@ def main() -> None:
         torch.set_num_threads(1)
     excuses, total, killed, unexcused = accepted(), 0, 0, 0
     for file in args.files:
-        for description, source in mutants((PACKAGE / file).read_text(encoding="utf-8")):
+        original = (PACKAGE / file).read_text(encoding="utf-8")
+        for number, change, source in mutants(original):
             total += 1
             if args.list:
-                print(file, description)
+                print(f"{file}:{number}: {change}")
             elif survives(file, source):
-                reason = excuses.get((file, description.split(": ", 1)[1]))
+                line = original.splitlines()[number - 1].strip()
+                reason = excuses.get((file, line, change))
                 unexcused += reason is None
-                print(f"SURVIVED {file}:{description}  [{reason or 'NOT EXPLAINED'}]", flush=True)
+                print(f"SURVIVED line {number}\t{file}\t{line}\t{change}\t{reason or 'NOT EXPLAINED'}", flush=True)
             else:
                 killed += 1
     if not args.list:

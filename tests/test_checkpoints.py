@@ -62,6 +62,7 @@ PUBLISHED = {
     "with extras": (LDM | EXTRAS, 1151, SINGLE),
     "vae-ft-mse": (BARE_VAE, 250, {"vae": "LDM"}),
     "bare LDM unet": (only(LDM, "model.diffusion_model."), 686, {"unet": "LDM"}),
+    "diffusers unet, LDM vae": (UNET | renamed(BARE_VAE, "", "vae."), 936, {"unet": "diffusers", "vae": "LDM"}),
     "ip-adapter base, light": (listing("ip-adapter_sd15"), 36, {"ip_adapter": "h94"}),
     "ip-adapter vit-G": (listing("ip-adapter_sd15_vit-G"), 36, {"ip_adapter": "h94"}),
     "ip-adapter plus, plus-face": (listing("ip-adapter-plus_sd15"), 83, {"ip_adapter": "h94"}),
@@ -124,10 +125,11 @@ def test_published_file_is_recognised_and_fits(tmp_path, published):
 @pytest.mark.parametrize("published", ["v1-5-pruned", "vae-ft-mse", "ip-adapter plus, plus-face",
                                        "image encoder ViT-H", "image encoder ViT-bigG", "unet fp16"])
 def test_parts_of_a_file_without_a_config_builds_the_published_size(tmp_path, published):
-    """parts_of builds the network itself: SD1.5's sizes, or the image encoder's from its width."""
+    """parts_of builds the network itself, without memory: SD1.5's sizes, or the image encoder's from its width."""
     tensors, _, layouts = PUBLISHED[published]
     parts = loading.parts_of(write_sparse(tmp_path / "x.safetensors", tensors))
     assert [part.kind for part in parts] == list(layouts)
+    assert all(tensor.is_meta for part in parts[:1] for tensor in loading.build(part).state_dict().values())
 
 
 def test_image_encoder_is_found_in_a_file_of_both_clip_encoders(tmp_path):

@@ -143,7 +143,7 @@ def test_masactrl_layers_are_the_fine_half_of_the_way_up():
     """MasaCtrl's start_layer 10 in Stable Diffusion 1.5: the 32² and 64² levels of the decoder, start_step 4."""
     with torch.device("meta"):
         sites = [site for site in UNet(UNetConfig()).sites if site.kind == "self"]
-    method = PRESETS["masactrl"]
+    method = PRESETS["masactrl"].check(1000, len(sites))
     chosen = [site.name[: len("up_blocks.2.attentions.0")] for site in sites if site.layer in method.layers]
     assert len(sites) == 16 and chosen == [f"up_blocks.{i}.attentions.{j}" for i in (2, 3) for j in range(3)]
     assert [t for t in range(981, 0, -20) if not method.controls(t)] == [981, 961, 941, 921]

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from isadca import Method, Problem, Run, attend, attend_reference, blend, by_kind, dca, isa, sample
 from isadca.ddim import step
@@ -132,6 +134,31 @@ def test_kernels_are_interchangeable(tiny, tiny_ref):
     torch.testing.assert_close(fast, slow, **TIGHT)
 
 
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lam=st.floats(0.01, 0.99), scale=st.floats(-2, 2), m=st.floats(0, 12), i=st.integers(0, 5))
+def test_eq_9_holds_for_any_lam_scale_guidance_and_step(tiny, tiny_ref, lam, scale, m, i):
+    """Noise: the mix of the two ends, from the same z_t. Attention: one expression of the seam."""
+    method = Method(lam=lam, ip_scale=scale, guidance=m)
+    seen, (t, _) = list(replay(tiny, tiny_ref))[i], tiny.schedule.steps(6)[i]
+    z, told = tiny_ref.chain[3:4], condition(tiny, tiny_ref, Run(PROMPT, method))
+
+    def noise(method):
+        return predict(tiny, z, t, told, seen, method, attend).mixed
+    ends = lam * noise(replace(method, lam=1)) + (1 - lam) * noise(replace(method, lam=0))
+    torch.testing.assert_close(noise(method), ends, **TIGHT)
+    by_hand = by_kind(blend(attend, isa(seen.kv), lam), dca(told.ip_kv, (1 - lam) * scale))
+    eps_u, eps_c = tiny.noise(torch.cat([z, z]), t, told.context, by_hand).chunk(2)
+    torch.testing.assert_close(noise(replace(method, mix="attention")), eps_u + m * (eps_c - eps_u), **TIGHT)
+
+
+@given(k=st.integers(0, 999), t_start=st.integers(1, 1000), t=st.integers(0, 1000), lam=st.floats(0, 1))
+def test_a_reference_row_is_asked_for_exactly_where_it_is_used(k, t_start, t, lam):
+    method = Method(k=k, t_start=t_start, lam=lam)
+    assert method.controls(t) == (k < t <= t_start)
+    assert method.wants_reference(t, 1000) == (k < t <= t_start and lam > 0)
+    assert replace(method, adain_above=-1).wants_reference(t, 1000) == (lam > 0)
+
+
 # ---- when and where ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("k, t_start", [(0, 1000), (333, 1000), (0, 667), (167, 500), (1, 999)])
@@ -178,7 +205,7 @@ def test_bad_lam_is_refused(text):
     (dict(lam=1.5), "lam"), (dict(lam=float("nan")), "lam"), (dict(guidance=float("nan")), "guidance"),
     (dict(k=1000), "k"), (dict(k=-1), "k"), (dict(k=500, t_start=500), "t_start"), (dict(mix="both"), "mix"),
     (dict(init="zeros"), "init"), (dict(diversity=1.1), "diversity"), (dict(ip_scale=float("inf")), "ip_scale"),
-    (dict(lam=lambda t, T: 2.0), "lam")])
+    (dict(lam=lambda t, T: 2.0), "lam"), (dict(layers=(0, 7)), "layers"), (dict(layers=(-8,)), "layers")])
 def test_a_method_that_makes_no_sense_is_refused(tiny, tiny_ref, change, word):
     with pytest.raises(Problem, match=f"^{word} is .*expected"):
         run(tiny, tiny_ref, Method(**change))
@@ -201,6 +228,8 @@ def test_layers_and_modes_reach_the_right_sites(tiny, tiny_ref):
     assert lengths(Method(lam=1, replace_above=500)) == {layer: {1.0, 2.0} for layer in all_layers}
     some = lengths(Method(lam=1, layers=(1, 3)))
     assert {layer for layer, ratio in some.items() if ratio == {2.0}} == {1, 3}
+    last = lengths(Method(lam=1, layers=(-1, -2)))
+    assert {layer for layer, ratio in last.items() if ratio == {2.0}} == set(sorted(all_layers)[-2:])
 
 
 def test_adain_takes_the_reference_moments():
