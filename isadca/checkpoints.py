@@ -72,7 +72,7 @@ VAE_RULES = [
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 ]
 TEXT_RULES = [(r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1.")]  # files that lack the prefix
-IGNORED = r"position_ids$|^loss\.|^model_ema\.|logit_scale$"  # rebuilt, or training's
+IGNORED = r"position_ids$|^loss\.|^model_ema\."  # rebuilt, or training's
 
 
 class Layout(NamedTuple):
@@ -107,7 +107,7 @@ LAYOUTS = [
 
 # what people try that is not loadable: (a key that tells, what it is, what to do)
 STRANGERS = [
-    (r"lora", "a LoRA", "merge it into a checkpoint first"),
+    (r"^lora_|\.lora[._]|^(unet|text_encoder)\..*_lora\.", "a LoRA", "merge it into a checkpoint first"),
     (r"^conditioner\.embedders\.|^add_embedding\.", "an SDXL model", "isadca implements Stable Diffusion 1.x"),
     (r"^cond_stage_model\.model\.transformer\.resblocks\.", "an SD 2.x model",
      "isadca implements Stable Diffusion 1.x"),
@@ -156,6 +156,8 @@ def _not_safetensors(path: Path) -> str:
         return "is a pickle, which can run code when it is opened; get the .safetensors version"
     if start == b"GGUF":
         return "is a GGUF file; get the .safetensors version"
+    if start == b"vers":
+        return "is a Git LFS pointer, not the file itself; run git lfs pull"
     if not start:
         return "is empty; download it again"
     return "is not a whole safetensors file; download it again"

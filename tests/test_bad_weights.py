@@ -42,6 +42,7 @@ WHOLE = save({"ip_adapter.1.to_k_ip.weight": torch.zeros(64, 8)})
     (b"", ("is empty", "download it again")),
     (b"GGUF\3\0\0\0" + bytes(64), ("a GGUF file", "get the .safetensors version")),
     (b"These are not the weights.\n", ("not a whole safetensors file", "download it again")),
+    (b"version https://git-lfs.github.com/spec/v1\n", ("a Git LFS pointer", "run git lfs pull")),
     (b"<!DOCTYPE html>\n<html>Sign in</html>", ("not a whole safetensors file", "download it again")),
     (pickle.dumps({"a": 1}, protocol=2), ("a pickle", "can run code", "get the .safetensors version"))])
 def test_file_of_another_format(tmp_path, content, words):
@@ -104,6 +105,8 @@ STRANGERS = {
                                ("conv_in.weight (from model.diffusion_model.input_blocks.0.0.weight)",
                                 "9 input channels", "get the plain SD 1.x one")),
     "editing UNet": (UNET | {"conv_in.weight": ("F32", (320, 8, 3, 3))}, ("8 input channels", "get the plain")),
+    "FaceID adapter": (listing("ip-adapter_sd15") | {"ip_adapter.0.to_q_lora.down.weight": ("F16", (128, 320))},
+                       ("of no published layout", "isadca reads ip-adapter_sd15")),
     "LoRA, kohya": (HALF_LORA, ("a LoRA", "merge it into a checkpoint first")),
     "LoRA, diffusers": (renamed(HALF_LORA, "lora_unet_", "unet."), ("a LoRA", "merge it into a checkpoint first")),
     "ControlNet, LDM": (renamed(CONTROLNET, "", "control_model."), ("a ControlNet", "base model with --weights")),

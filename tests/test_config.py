@@ -109,7 +109,7 @@ def test_projection_of_a_text_encoder_is_read_only_where_the_file_has_one(tmp_pa
     (CLIPVisionConfig, "num_channels", 4), (CLIPVisionConfig, "hidden_act", "gelu_new"),
     (ScheduleConfig, "prediction_type", "v_prediction"), (ScheduleConfig, "prediction_type", "sample"),
     (ScheduleConfig, "rescale_betas_zero_snr", True), (ScheduleConfig, "trained_betas", [0.1]),
-    (ScheduleConfig, "beta_schedule", "squaredcos_cap_v2")])
+    (ScheduleConfig, "beta_schedule", "squaredcos_cap_v2"), (ScheduleConfig, "steps_offset", -1)])
 def test_setting_that_changes_the_mathematics_is_refused(tmp_path, cls, key, value):
     told(lambda: read(cls, tmp_path, SD15[cls] | {key: value}), tmp_path / "config.json", f"{key} is {value!r}",
          "isadca computes", "only", "use a plain Stable Diffusion 1.x model")
@@ -164,7 +164,7 @@ def test_config_that_is_not_utf8(tmp_path):
     (CLIPTextConfig, {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": "768"}),
     (CLIPVisionConfig, {"patch_size": 0}), (CLIPVisionConfig, {"num_attention_heads": 0}),
     (ScheduleConfig, {"set_alpha_to_one": 0}), (ScheduleConfig, {"num_train_timesteps": 0}),
-    (ScheduleConfig, {"beta_start": -0.1}), (ScheduleConfig, {"steps_offset": -1})])
+    (ScheduleConfig, {"beta_start": -0.1}), (ScheduleConfig, {"steps_offset": 0.0})])
 def test_wrong_type_or_size(tmp_path, cls, change):
     told(lambda: read(cls, tmp_path, SD15[cls] | change), tmp_path / "config.json", "copy the file again")
 

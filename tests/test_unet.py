@@ -126,7 +126,8 @@ def test_a_site_tells_the_grid_of_its_queries(calls):
 def test_masactrls_layers_are_the_two_finest_levels_on_the_way_up(sd15):
     """Its layers 10 to 15 are the last six in the order of execution, not of registration."""
     last = [s.layer for s in sd15.sites if s.kind == "self" and s.name.startswith(("up_blocks.2", "up_blocks.3"))]
-    assert PRESETS["masactrl"].layers == tuple(last) == (10, 11, 12, 13, 14, 15)
+    masactrl = PRESETS["masactrl"].check(1000, n_layers=16)
+    assert masactrl.layers == tuple(last) == (10, 11, 12, 13, 14, 15)
 
 
 # ---- gradients and state -----------------------------------------------------------------------------------
