@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from math import prod
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from tqdm import tqdm
@@ -30,8 +31,6 @@ def vary(args: Namespace) -> None:
     seeds = _seeds(args)
     method = _many(args, _method(args, parse_lam(str(args.lam)) if args.lam is not None else None))
     session = Session(args)
-    if args.recipe_source:
-        check_same(args.recipe_source, args.recipe, Path(args.ref), session.hashes.result())
     [z] = session.sample([Run(session.prompt(args.prompt), method, seeds, args.negative)])
     pictures = decode(session.model, z)
     for seed, picture in zip(seeds, pictures):
@@ -93,7 +92,7 @@ def methods(args: Namespace) -> None:
     for method in PRESETS.values():
         print(f"{method.name}: {method.source}")
         values = [f"{f.name}={getattr(method, f.name)}" for f in fields(method) if f.name not in ("name", "source")]
-        print("    " + ", ".join(values))
+        print(fill(", ".join(values), 100, initial_indent="    ", subsequent_indent="    "))
 
 
 class Session:
@@ -106,6 +105,8 @@ class Session:
         picture = None if saved else load_image(self.reference_path)  # fail before the slow part
         self.model = load(args.weights, args.ip_adapter, args.image_encoder, args.vae, args.device, args.dtype)
         self.hashes = hash_files(self.model.files)
+        if getattr(args, "recipe_source", None):
+            check_same(args.recipe_source, args.recipe, self.reference_path, self.hashes.result())
         if saved:
             self.ref = self._saved()
         else:
