@@ -154,8 +154,8 @@ def test_inspect_and_methods(isadca_cli):
     code, out, err = isadca_cli("inspect", DEMO / "unet" / "diffusion_pytorch_model.safetensors", CAT)
     assert code == 2 and len(out) == 1 and CAT in err and err.count("\n") == 1
     code, out, _ = isadca_cli("methods")
-    assert code == 0 and [line.split(":")[0] for line in out if line[0] != " "] == ["isadca", "rival", "rival-edit", "ip-adapter",
-                                                                       "masactrl", "plain"]
+    names = [line.split(":")[0] for line in out if line[0] != " "]
+    assert code == 0 and names == ["isadca", "rival", "rival-edit", "ip-adapter", "masactrl", "plain"]
 
 
 def test_an_attention_of_ones_own(isadca_cli):
