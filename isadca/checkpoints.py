@@ -74,6 +74,9 @@ VAE_RULES = [
 TEXT_RULES = [(r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1.")]  # files that lack the prefix
 IGNORED = r"position_ids$|^loss\.|^model_ema\."  # rebuilt, or training's
 
+CLIP_HALVES = {"vision": r"^(vision_model|visual_projection)\.",  # a file may hold both halves of a CLIP
+               "text": r"^(text_model|text_projection|embeddings|encoder|final_layer_norm)\."}
+
 
 class Layout(NamedTuple):
     """How one part is stored in one kind of file: `mark` is a key that only this layout has."""
@@ -182,17 +185,13 @@ def recognise(path: str | Path) -> list[Part]:
 
 
 def _part(path: Path, layout: Layout, header: dict) -> Part:
-    others = [o.prefix for o in LAYOUTS if o.prefix and o.prefix != layout.prefix]
-    families = {"vision": r"^(vision_model|visual_projection)\.", "text": r"^(text_model|text_projection|embeddings|"
-                r"encoder|final_layer_norm)\."}
+    others = tuple(o.prefix for o in LAYOUTS if o.prefix and o.prefix != layout.prefix)
     names = {}
     for key in header:
-        if not key.startswith(layout.prefix) or (not layout.prefix and key.startswith(tuple(others))):
-            continue
         ours = key.removeprefix(layout.prefix)
-        if re.search(IGNORED, ours) or (layout.part in families and not re.search(families[layout.part], ours)):
-            continue
-        names[rename(ours, layout.rules)] = key
+        elsewhere = key.startswith(others) if not layout.prefix else ours == key
+        if not elsewhere and not re.search(IGNORED, ours) and re.search(CLIP_HALVES.get(layout.part, ""), ours):
+            names[rename(ours, layout.rules)] = key
     return Part(layout.part, path, layout.name, names, {ours: header[key][0] for ours, key in names.items()},
                 {ours: header[key][1] for ours, key in names.items()})
 

@@ -2,7 +2,7 @@
 
     python tests/mutate.py                       all four files (tens of minutes on two cores)
     python tests/mutate.py attention.py          one of them
-    python tests/mutate.py ddim.py --list        the mutants, without running anything
+    python tests/mutate.py ddim.py --list        its mutants, without running anything
 
 Each mutant runs in a forked process that has torch and the oracles loaded already. Survivors are printed with their
 line; those in tests/mutants_accepted.txt (file, line, mutant, reason) are equivalent to the original or accepted.
@@ -77,7 +77,8 @@ def code_nodes(tree: ast.AST):
                 aliases = isinstance(child, ast.Assign) and isinstance(child.value, (ast.Subscript, ast.BinOp)) \
                     and getattr(child.targets[0], "id", "x")[0].isupper()  # type aliases
                 if not aliases:
-                    yield child
+                    if not (isinstance(tree, ast.Compare) and isinstance(child, ast.Tuple)):  # x in (a, b): no order
+                        yield child
                     yield from code_nodes(child)
 
 
@@ -109,18 +110,30 @@ class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, self.name, "exec"), module.__dict__)
 
 
-def survives(file: str, source: str) -> bool:
-    """Run the tests on the mutant in a forked child; True if they all pass."""
+def start(file: str, source: str) -> int:
+    """Run the tests on the mutant in a forked child; its exit status is 0 if they all pass. Returns its pid."""
     child = os.fork()
-    if child == 0:
-        signal.alarm(SECONDS)
-        sys.meta_path.insert(0, Mutated(file, source))
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(io.StringIO()):
-            import pytest
-            tests = [str(HERE / name) for name in TESTS[file]]
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
-        os._exit(0 if code == 0 else 1)
-    return os.waitpid(child, 0)[1] == 0
+    if child:
+        return child
+    signal.alarm(SECONDS)
+    sys.meta_path.insert(0, Mutated(file, source))
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(io.StringIO()):
+        import pytest
+        quiet = ["-x", "-q", "-p", "no:cacheprovider"]
+        noticed = any(pytest.main([*quiet, str(HERE / name)]) for name in TESTS[file])
+    os._exit(noticed)
+
+
+def survivors(file: str, found: list[tuple[int, str, str]], jobs: int):
+    """The mutants of a file that no test notices, as they come."""
+    running, waiting = {}, list(found)
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running[start(file, waiting[0][2])] = waiting.pop(0)
+        pid, status = os.wait()
+        mutant = running.pop(pid)
+        if status == 0:
+            yield mutant
 
 
 def accepted() -> dict[tuple[str, str, str], str]:
@@ -134,29 +147,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if not args.list:
         os.environ["HF_HUB_OFFLINE"] = "1"
         import diffusers, hypothesis, torch, transformers  # noqa: E401, F401 - loaded once, before the forks
         torch.set_num_threads(1)
-    excuses, total, killed, unexcused = accepted(), 0, 0, 0
+    excuses, total, survived, unexcused = accepted(), 0, 0, 0
     for file in args.files:
         original = (PACKAGE / file).read_text(encoding="utf-8")
-        for number, change, source in mutants(original):
-            total += 1
-            if args.list:
-                print(f"{file}:{number}: {change}")
-            elif survives(file, source):
-                line = original.splitlines()[number - 1].strip()
-                reason = excuses.get((file, line, change))
-                unexcused += reason is None
-                print(f"SURVIVED line {number}\t{file}\t{line}\t{change}\t{reason or 'NOT EXPLAINED'}", flush=True)
-            else:
-                killed += 1
+        found = mutants(original)
+        total += len(found)
+        for number, change, _ in found if args.list else survivors(file, found, args.jobs):
+            line = original.splitlines()[number - 1].strip()
+            reason = excuses.get((file, line, change))
+            survived, unexcused = survived + 1, unexcused + (reason is None)
+            print(f"{number}\t{file}\t{line}\t{change}\t{reason or 'NOT EXPLAINED'}", flush=True)
     if not args.list:
-        print(f"{total} mutants, {killed} killed ({killed / total:.1%}), {total - killed} survived, "
+        print(f"{total} mutants, {total - survived} noticed ({1 - survived / total:.1%}), {survived} survived, "
               f"{unexcused} of them not explained")
-    raise SystemExit(bool(unexcused))
+        raise SystemExit(bool(unexcused))
 
 
 if __name__ == "__main__":
