@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     except Problem as problem:
         return _fail(str(problem))
     except KeyboardInterrupt:
-        print("isadca: interrupted; nothing was written", file=sys.stderr)
+        print("isadca: interrupted", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):

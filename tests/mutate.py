@@ -129,7 +129,8 @@ def survivors(file: str, found: list[tuple[int, str, str]], jobs: int):
     running, waiting = {}, list(found)
     while waiting or running:
         while waiting and len(running) < jobs:
-            running[start(file, waiting[0][2])] = waiting.pop(0)
+            mutant = waiting.pop(0)
+            running[start(file, mutant[2])] = mutant
         pid, status = os.wait()
         mutant = running.pop(pid)
         if status == 0:
