@@ -87,6 +87,11 @@ def test_initial_latents_depend_on_their_seed_alone(tiny_ref):
     assert torch.equal(initial_latents(tiny_ref, Run("", Method())), tiny_ref.chain[-1:])
 
 
+def test_a_run_that_names_no_seed_has_seed_0_alone(tiny_ref):
+    method = Method(init="shuffle")
+    assert torch.equal(initial_latents(tiny_ref, Run("", method)), initial_latents(tiny_ref, Run("", method, (0,))))
+
+
 def test_diversity_keeps_the_variance(tiny_ref):
     wide = replace(tiny_ref, chain=torch.randn(2, 4, 64, 64))
     for d in (0.0, 0.3, 1.0):
