@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from isadca import Method, Run, invert, sample
+from isadca import Method, Run, invert, replay, sample
 from isadca.methods import PRESETS
 from isadca.variation import initial_latents
 
@@ -56,6 +56,23 @@ def test_a_batch_equals_its_pictures_made_alone(tiny, tiny_ref):
     torch.testing.assert_close(together, alone, **TIGHT)
     torch.testing.assert_close(run(tiny, tiny_ref, method, seeds=(3, 4, 5), rows_at_once=1), alone, **TIGHT)
     assert (alone[0] - alone[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mix, at_most, calls", [
+    ("noise", 1, [4, 4, 4]), ("noise", 7, [4, 4, 4]), ("noise", 8, [8, 4]), ("noise", 11, [8, 4]), ("noise", 12, [12]),
+    ("attention", 1, [2, 2, 2]), ("attention", 4, [4, 2]), ("attention", 5, [4, 2]), ("attention", 6, [6])])
+def test_a_unet_call_has_as_many_rows_as_it_may(tiny, tiny_ref, mix, at_most, calls):
+    """Three variations cost 12 rows a step in the noise mix, 6 in the attention mix; one is the least that is made."""
+    kept = list(replay(tiny, tiny_ref))
+    with counted_rows(tiny) as rows:
+        run(tiny, tiny_ref, Method(lam=0.5, mix=mix), seeds=(0, 1, 2), replayed=kept, rows_at_once=at_most)
+    assert rows == calls * 6
+
+
+def test_progress_is_told_what_and_how_many(tiny, tiny_ref):
+    told = []
+    run(tiny, tiny_ref, Method(), progress=lambda steps, label: told.append((label, len(steps))) or steps)
+    assert told == [("sampling", 6)]
 
 
 def test_runs_side_by_side_equal_runs_alone(tiny, tiny_ref):
