@@ -225,7 +225,7 @@ def test_layers_and_modes_reach_the_right_sites(tiny, tiny_ref):
     all_layers = {s.layer for s in tiny.unet.sites}
     assert lengths(Method(lam=1)) == {layer: {2.0} for layer in all_layers}
     assert lengths(Method(lam=1, replace_above=-1)) == {layer: {1.0} for layer in all_layers}
-    assert lengths(Method(lam=1, replace_above=500)) == {layer: {1.0, 2.0} for layer in all_layers}
+    assert lengths(Method(lam=1, replace_above=499)) == {layer: {1.0, 2.0} for layer in all_layers}
     some = lengths(Method(lam=1, layers=(1, 3)))
     assert {layer for layer, ratio in some.items() if ratio == {2.0}} == {1, 3}
     last = lengths(Method(lam=1, layers=(-1, -2)))
@@ -246,10 +246,10 @@ def test_adain_acts_on_isa_before_the_mix_and_only_above_its_threshold(tiny, tin
     def note(run, t, z, noise):
         moments.append((t, noise.isa.std().item() - noise.dca.std().item(), noise))
     sights = {t: seen.eps for (t, _), seen in zip(tiny.schedule.steps(6), replay(tiny, tiny_ref))}
-    run(tiny, tiny_ref, Method(lam=0.5, adain_above=600), on_step=note)
+    run(tiny, tiny_ref, Method(lam=0.5, adain_above=499), on_step=note)
     for t, _, noise in moments:
         aligned = torch.allclose(noise.isa.mean((2, 3)), sights[t].mean((2, 3)), atol=1e-9)
-        assert aligned == (t > 600)
+        assert aligned == (t > 499)  # 499 itself is a step
         assert not torch.allclose(noise.dca.mean((2, 3)), sights[t].mean((2, 3)), atol=1e-6)
 
 
