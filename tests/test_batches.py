@@ -109,6 +109,13 @@ def test_a_run_that_names_no_seed_has_seed_0_alone(tiny_ref):
     assert torch.equal(initial_latents(tiny_ref, Run("", method)), initial_latents(tiny_ref, Run("", method, (0,))))
 
 
+def test_diversity_adds_the_noise_that_random_starts_from(tiny_ref):
+    """z_T = √(1-d) z̄_T + √d ε, with the seed's ε."""
+    eps = initial_latents(tiny_ref, Run("", Method(init="random"), seeds=(4,)))
+    z = initial_latents(tiny_ref, Run("", Method(diversity=0.36), seeds=(4,)))
+    torch.testing.assert_close(z, 0.8 * tiny_ref.chain[-1:] + 0.6 * eps)
+
+
 def test_diversity_keeps_the_variance(tiny_ref):
     wide = replace(tiny_ref, chain=torch.randn(2, 4, 64, 64))
     for d in (0.0, 0.3, 1.0):
