@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from isadca import Method, Run, invert, replay, sample
+from isadca import Method, Run, invert, replay, sample, vary
+from isadca.images import to_images
 from isadca.methods import PRESETS
 from isadca.variation import initial_latents
 
@@ -73,6 +74,18 @@ def test_progress_is_told_what_and_how_many(tiny, tiny_ref):
     told = []
     run(tiny, tiny_ref, Method(), progress=lambda steps, label: told.append((label, len(steps))) or steps)
     assert told == [("sampling", 6)]
+
+
+def test_vary_is_sample_and_decode(tiny, tiny_ref):
+    """Without being told otherwise: seed 0, no negative prompt."""
+    method, pictures = Method(init="shuffle"), []
+    for run_, given in [(Run("a pig", method, (0,), ""), {}),
+                        (Run("a pig", method, (3, 4), "a lemon"), {"seeds": (3, 4), "negative": "a lemon"})]:
+        [z] = sample(tiny, tiny_ref, [run_])
+        pictures += vary(tiny, tiny_ref, "a pig", method, **given)
+        expected = to_images(torch.cat([tiny.decode(row[None]) for row in z]))
+        assert [p.tobytes() for p in pictures[-len(z):]] == [p.tobytes() for p in expected]
+    assert len({p.tobytes() for p in pictures}) == 3
 
 
 def test_runs_side_by_side_equal_runs_alone(tiny, tiny_ref):
