@@ -125,14 +125,18 @@ class IPAdapter(nn.Module):
     def keys_values(self, tokens: Tensor, sites: list[Site], heads: int) -> KV:
         """Eq. 7's image half: K' = W'_K(c_i), V' = W'_V(c_i) for each cross-attention, by site name.
 
-        They do not depend on t: once per image. The files number the layers in the order in which diffusers
-        registers them, down, up, mid - not in the order of execution, which `sites` has.
+        They do not depend on t: once per image. `sites` are the UNet's.
         """
-        order = {"down": 0, "up": 1, "mid": 2}
-        cross = sorted((s for s in sites if s.kind == "cross"), key=lambda s: order[s.place])
-        pairs = {site.name: self.ip_adapter[str(2 * i + 1)] for i, site in enumerate(cross)}
+        pairs = {site.name: self.ip_adapter[number] for number, site in numbered(sites).items()}
         return {name: (split_heads(p.to_k_ip(tokens), heads), split_heads(p.to_v_ip(tokens), heads))
                 for name, p in pairs.items()}
+
+
+def numbered(sites: list[Site]) -> dict[str, Site]:
+    """The cross-attentions under the files' numbers "1", "3", "5", ...: in the order in which diffusers registers
+    them, down, up, mid, where `sites` are in the order of execution."""
+    cross = sorted((s for s in sites if s.kind == "cross"), key=lambda s: s.place == "mid")  # stable: mid goes last
+    return {str(2 * i + 1): site for i, site in enumerate(cross)}
 
 
 def _image_proj(shapes: dict[str, tuple[int, ...]]) -> tuple[nn.Module, int, int]:

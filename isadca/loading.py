@@ -10,7 +10,7 @@ from .clip import CLIPText, CLIPVision
 from .config import (CLIPTextConfig, CLIPVisionConfig, Problem, ScheduleConfig, UNetConfig, VAEConfig,
                      read_config)
 from .ddim import Schedule
-from .ip_adapter import IPAdapter
+from .ip_adapter import IPAdapter, numbered
 from .model import Model
 from .tokenizer import Tokenizer
 from .unet import UNet
@@ -157,10 +157,9 @@ def _check_fit(networks: dict, found: dict[str, Part]) -> None:
                       f"{unet.config.context_dim}; they belong to different models")
     if adapter is None:
         return
-    order = sorted((s for s in unet.sites if s.kind == "cross"), key=lambda s: ("down", "up", "mid").index(s.place))
-    expected = {f"ip_adapter.{2 * i + 1}.to_k_ip.weight":
+    expected = {f"ip_adapter.{number}.to_k_ip.weight":
                 (unet.get_submodule(site.name).to_q.out_features, unet.config.context_dim)
-                for i, site in enumerate(order)}
+                for number, site in numbered(unet.sites).items()}
     actual = {key: shape for key, shape in found["ip_adapter"].shapes.items() if key.endswith("to_k_ip.weight")}
     if actual != expected:
         key = next(k for k in sorted(expected.keys() | actual.keys()) if expected.get(k) != actual.get(k))

@@ -26,11 +26,6 @@ LAYERS = Method(lam=0.5, layers=(1, 2, 5), init="shuffle")
 
 
 @pytest.fixture(scope="module")
-def demo64():
-    return isadca.load(diffusers_side.DEMO, device="cpu", dtype="fp64")
-
-
-@pytest.fixture(scope="module")
 def theirs():
     return diffusers_side.load(torch.float64)
 

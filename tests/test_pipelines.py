@@ -22,11 +22,6 @@ def theirs():
 
 
 @pytest.fixture(scope="module")
-def demo64():
-    return isadca.load(diffusers_side.DEMO, device="cpu", dtype="fp64")
-
-
-@pytest.fixture(scope="module")
 def theirs64():
     return diffusers_side.load(torch.float64)
 

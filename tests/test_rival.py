@@ -26,11 +26,6 @@ RIVAL_T2I, RIVAL_EDITING = dict(shuffled=True, early=960), dict(shuffled=False, 
 
 
 @pytest.fixture(scope="module")
-def demo64():
-    return isadca.load(diffusers_side.DEMO, device="cpu", dtype="fp64")
-
-
-@pytest.fixture(scope="module")
 def theirs():
     return diffusers_side.load(torch.float64)
 
