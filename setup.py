@@ -22,6 +22,7 @@ setup(
     package_data={"isadca._weights": weights},
     install_requires=["torch>=2.10,<2.14", "safetensors>=0.4.3", "tokenizers>=0.20", "pillow>=11", "numpy>=1.26",
                       "tqdm>=4.60"],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "diffusers>=0.40", "transformers>=5"]},
+    extras_require={"test": ["pytest>=8", "hypothesis>=6", "diffusers>=0.40", "transformers>=5",
+                             "scikit-image>=0.24"]},
     entry_points={"console_scripts": ["isadca=isadca.cli:main"]},
 )

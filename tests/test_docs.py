@@ -24,8 +24,8 @@ NUMBERS = re.compile(r"\bEqs?\.\s+(\d+(?:(?:\s*[-–,]\s*|\s+and\s+)\d+)*)")
 
 # a module imports from the rungs before its own only
 LADDER = [["config"], ["attention", "ddim", "methods"], ["layers"],
-          ["checkpoints", "clip", "images", "ip_adapter", "tokenizer", "unet", "vae"], ["model", "recipe"], ["loading"],
-          ["reference"], ["variation"], ["commands"], ["cli"], ["__main__"]]
+          ["checkpoints", "clip", "images", "ip_adapter", "tokenizer", "unet", "vae"], ["metrics", "model", "recipe"],
+          ["loading"], ["reference"], ["variation"], ["commands"], ["cli"], ["__main__"]]
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "tqdm"}
 DISTRIBUTIONS = {"PIL": "pillow"}  # where it is not the module's name
 
