@@ -10,6 +10,7 @@ CLIP's own. One process a core.
 import argparse
 import datetime
 import itertools
+import os
 import platform
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -29,13 +30,13 @@ from isadca.attention import Attend, attend as plain_attend, dca
 from isadca.clip import CLIPText
 from isadca.config import CLIPTextConfig, read_config
 from isadca.ddim import step
-from isadca.images import clip_pixels, psnr, to_images, to_tensor
+from isadca.images import clip_pixels, contact_sheet, psnr, to_images, to_tensor
 from isadca.methods import PRESETS, Method
 from isadca.variation import Run, decode, guide, sample
 
 MIXED = [(mix, lam) for mix in ("noise", "attention") for lam in (0.25, 0.5, 0.7)]  # at the ends they are the same
-SYSTEMS = [("λ = 0", Method(lam=0)), *((f"λ = {lam}, {mix}", Method(lam=lam, mix=mix)) for mix, lam in MIXED),
-           ("λ = 1", Method(lam=1)), ("RIVAL", PRESETS["rival"]), ("RIVAL, editing", PRESETS["rival-edit"]),
+SYSTEMS = [("λ 0", Method(lam=0)), *((f"λ {lam} {mix}", Method(lam=lam, mix=mix)) for mix, lam in MIXED),
+           ("λ 1", Method(lam=1)), ("RIVAL", PRESETS["rival"]), ("RIVAL, editing", PRESETS["rival-edit"]),
            ("IP-Adapter", PRESETS["ip-adapter"])]
 PROMPTS = 5  # per reference
 shared: dict = {}  # what each process has loaded
@@ -112,9 +113,9 @@ def measure_adapter(task: tuple[float, int], n: int = 48) -> list[list[bool]]:
     return [[s[name] == getattr(scene, name) for name in ("noun", "colour")] for s, scene in zip(seen, scenes)]
 
 
-def measure_method(seed: int) -> tuple[float, list[list[tuple]], list[Image.Image]]:
+def measure_method(seed: int) -> tuple[float, list[list[tuple]], list[Image.Image], str]:
     """One reference, PROMPTS other nouns, every system. -> PSNR of the reconstruction, numbers by prompt and system
-    (see `judged`), and the pictures."""
+    (see `judged`), and the first prompt's pictures with their label."""
     model, rng = shared["model"], np.random.default_rng(seed)
     [(scene, picture)] = held_out_scenes(1, seed)
     nouns = rng.choice([n for n in HEADS["noun"] if n != scene.noun], PROMPTS, replace=False).tolist()
@@ -123,7 +124,7 @@ def measure_method(seed: int) -> tuple[float, list[list[tuple]], list[Image.Imag
     runs = [Run(world.article(noun), method, (seed,)) for noun in nouns for _, method in SYSTEMS]
     made = [decode(model, z)[0] for z in sample(model, ref, runs)]
     rows = [judged(scene, picture, noun, made[i * len(SYSTEMS):][:len(SYSTEMS)]) for i, noun in enumerate(nouns)]
-    return psnr(picture, back), rows, [picture, back, *made[:len(SYSTEMS)]]
+    return psnr(picture, back), rows, [picture, back, *made[:len(SYSTEMS)]], runs[0].prompt
 
 
 def judged(scene: world.Scene, reference: Image.Image, noun: str, pictures: list[Image.Image]) -> list[tuple]:
@@ -181,18 +182,22 @@ def networks_table(pool, seeds: range) -> str:
     return "| what | measured | goal |\n|---|---|---|\n" + "\n".join(lines)
 
 
-def method_table(pool, seeds: range) -> tuple[str, list[list[Image.Image]]]:
+def method_table(pool, seeds: range) -> tuple[str, Image.Image]:
+    """The table of the systems, and a sheet of the first references' pictures."""
     found = list(pool.map(measure_method, seeds))
-    numbers = np.array([rows for _, rows, _ in found], float).reshape(-1, len(SYSTEMS), 6)
+    numbers = np.array([rows for _, rows, _, _ in found], float).reshape(-1, len(SYSTEMS), 6)
     lines = [f"| {name} | {100 * noun:.0f} % | {100 * colour:.0f} % | {100 * pattern:.0f} % | {error:.1f} | {text:.3f} "
              f"| {image:.3f} |"
              for (name, _), (noun, colour, pattern, error, text, image) in zip(SYSTEMS, numbers.mean(0))]
     head = ("| system | prompt's noun | R's colour | R's pattern | backdrop error | CLIP to prompt | CLIP to R |\n"
             "|---|---|---|---|---|---|---|\n")
-    back = np.mean([decibel for decibel, _, _ in found])
+    back = np.mean([decibel for decibel, _, _, _ in found])
     return (f"Reconstruction (50 steps of inversion and back, empty prompt): PSNR {back:.1f} dB over {len(found)} "
             f"references; the goal is 25 dB.\n\n{len(numbers)} pairs of a reference R and a prompt \"a N\" with "
-            "another noun:\n\n" + head + "\n".join(lines), [pictures for _, _, pictures in found])
+            "another noun:\n\n" + head + "\n".join(lines),
+            contact_sheet([pictures for _, _, pictures, _ in found[:8]],
+                          ["reference", "reconstruction", *(name for name, _ in SYSTEMS)],
+                          [label for _, _, _, label in found[:8]]))
 
 
 def main() -> None:
@@ -204,7 +209,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
     args = parser.parse_args()
     world.fetch_art(args.art)  # before the processes start
-    began, cores = time.monotonic(), torch.get_num_threads()
+    began, cores = time.monotonic(), os.cpu_count()
     with ProcessPoolExecutor(cores, get_context("spawn"), start, (args.folder, args.art, args.steps)) as pool:
         networks = networks_table(pool, range(100, 101 if args.quick else 102))
         method, sheet = method_table(pool, range(200, 202 if args.quick else 220))
@@ -214,8 +219,7 @@ def main() -> None:
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
-        columns = ["reference", "reconstruction", *(name for name, _ in SYSTEMS)]
-        isadca.contact_sheet(sheet[:8], columns, [""] * 8).save(args.out.with_suffix(".png"))
+        sheet.save(args.out.with_suffix(".png"), optimize=True)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from isadca.unet import UNet
 from isadca.vae import VAE
 
 PLANS = {"vae": Plan(6000, 16, 1e-3), "clip": Plan(1600, 64, 1e-3), "judge": Plan(1500, 48, 2e-3),
-         "unet": Plan(5000, 32, 8e-4, 300), "vision": Plan(1800, 64, 6e-4), "adapter": Plan(1200, 32, 1e-3),
+         "unet": Plan(5000, 32, 8e-4, 300), "vision": Plan(1800, 64, 6e-4), "adapter": Plan(1000, 32, 1e-3),
          "references": Plan(0, 0, 0)}
 REFERENCES = [("cat", "3d", "green", "checkered"), ("rocket", "3d", "blue", "dotted"),
               ("pig", "flat", "green", "dotted"), ("apple", "3d", "yellow", "striped")]
