@@ -82,11 +82,11 @@ def test_files_saved_again_by_todays_libraries_are_the_defaults(tmp_path):
 def test_demo_folder_gives_its_sizes():
     read_demo = {cls: read_config(cls, DEMO / name) for cls, name in DEMO_FILES.items()}
     unet, vae = read_demo[UNetConfig], read_demo[VAEConfig]
-    assert (unet.channels, unet.attention, unet.n_heads) == ((64, 128, 192), (True, True, False), 4)
-    assert (unet.layers_per_block, unet.context_dim, unet.norm_groups, unet.sample_size) == (1, 128, 16, 16)
+    assert (unet.channels, unet.attention, unet.n_heads) == ((64, 128, 168), (True, True, False), 4)
+    assert (unet.layers_per_block, unet.context_dim, unet.norm_groups, unet.sample_size) == (1, 128, 8, 16)
     assert (vae.channels, vae.layers_per_block, vae.norm_groups, vae.downscale) == ((24, 48, 64), 1, 8, 4)
-    assert vae.scaling_factor == 0.4309452129967519
-    assert read_demo[CLIPTextConfig] == CLIPTextConfig(772, 128, 4, 4, 512, 32)
+    assert vae.scaling_factor == 0.6541045791253615
+    assert read_demo[CLIPTextConfig] == CLIPTextConfig(745, 128, 4, 4, 512, 32)
     assert read_demo[CLIPVisionConfig] == CLIPVisionConfig(128, 4, 4, 512, 64, 8, 128)
 
 

@@ -230,7 +230,7 @@ VOCAB, MERGES = [(FOLDERS["demo"] / name).read_text(encoding="utf-8") for name i
     (VOCAB.replace(START, "<s>"), MERGES, "startoftext"),
     (VOCAB, MERGES + "q zz\n", "out of vocabulary"),
     (VOCAB, MERGES + "a b c\n", "not a CLIP vocabulary"),
-    (VOCAB, MERGES[: len(MERGES) // 2], "merges for 772 tokens"),
+    (VOCAB, MERGES[: len(MERGES) // 2], "merges for 745 tokens"),
     (VOCAB, "", "0 merges"),
     (VOCAB, b"\xff\xfe\x00", "utf-8"),
 ])
