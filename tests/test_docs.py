@@ -28,7 +28,8 @@ NUMBERS = re.compile(r"\bEqs?\.\s+(\d+(?:(?:\s*[-–,]\s*|\s+and\s+)\d+)*)")
 LADDER = [["config"], ["attention", "ddim", "methods"], ["layers"],
           ["checkpoints", "clip", "images", "ip_adapter", "tokenizer", "unet", "vae"], ["metrics", "model", "recipe"],
           ["loading"], ["reference"], ["variation"], ["commands"], ["cli"], ["__main__"],
-          ["baselines.controlnet", "baselines.image_variations", "baselines.prior"]]  # not the core's
+          ["baselines.controlnet", "baselines.image_variations", "baselines.prior"],
+          ["baselines.loading"]]
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "tqdm"}
 DISTRIBUTIONS = {"PIL": "pillow"}  # where it is not the module's name
 
@@ -56,15 +57,16 @@ def cited(text: str) -> set[int]:
     return found
 
 
-def imports(tree) -> list[tuple[str, bool]]:
+def imports(module: str) -> list[tuple[str, bool]]:
     """(module, whether it is the package's own), lazy imports too. "" is the package itself."""
-    found = []
-    for node in ast.walk(tree):
+    found, parts = [], module.split(".")
+    for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
             found += [(alias.name, False) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
             names = [alias.name if alias.name in SOURCES else "" for alias in node.names]
-            found += [(name, True) for name in ([node.module] if node.module else names)]
+            package = "".join(f"{part}." for part in parts[:-node.level])  # "" or "baselines."
+            found += [(name, True) for name in ([package + node.module] if node.module else names)]
         elif isinstance(node, ast.ImportFrom):
             found.append((node.module, False))
     return found
@@ -72,7 +74,7 @@ def imports(tree) -> list[tuple[str, bool]]:
 
 def outside(module: str) -> set[str]:
     """Top-level names that a module imports beyond the standard library and the package."""
-    roots = {name.split(".")[0] for name, own in imports(TREES[module]) if not own}
+    roots = {name.split(".")[0] for name, own in imports(module) if not own}
     return roots - sys.stdlib_module_names
 
 
@@ -132,7 +134,7 @@ def test_every_module_has_its_rung():
 @EACH_MODULE
 def test_nothing_imports_upward(module):
     """Within functions neither. The package itself, "", is for `__version__` alone; it imports nothing."""
-    own = {name for name, ours in imports(TREES[module]) if ours}
+    own = {name for name, ours in imports(module) if ours}
     if module.endswith("__init__"):
         assert own == set()
         return
