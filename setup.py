@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["isadca", "isadca._weights"],
+    packages=["isadca", "isadca.baselines", "isadca._weights"],
     package_dir={"isadca": "isadca", "isadca._weights": "weights"},
     package_data={"isadca._weights": weights},
     install_requires=["torch>=2.10,<2.14", "safetensors>=0.4.3", "tokenizers>=0.20", "pillow>=11", "numpy>=1.26",

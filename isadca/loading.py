@@ -88,14 +88,14 @@ def find_parts(weights: Path, dtype: torch.dtype) -> dict[str, Part]:
 def find_part(path: Path, kind: str, dtype: torch.dtype) -> Part:
     """The network `kind` in a file, or in a folder with one safetensors file per precision."""
     if path.is_dir():
-        path = _pick_file(path, dtype)
+        path = pick_file(path, dtype)
     for part in recognise(path):
         if part.kind == kind:
             return part
     raise Problem(f"{path}: holds {', '.join(p.kind for p in recognise(path))}, expected {kind}")
 
 
-def _pick_file(folder: Path, dtype: torch.dtype) -> Path:
+def pick_file(folder: Path, dtype: torch.dtype) -> Path:
     """model.safetensors or model.fp16.safetensors, whichever is nearer to the wanted precision."""
     files = [p for p in sorted(folder.glob("*.safetensors")) if "non_ema" not in p.name]
     if not files:

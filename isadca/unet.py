@@ -77,8 +77,10 @@ class UpBlock(nn.Module):
         return x
 
 
-class UNet(nn.Module):
-    def __init__(self, config: UNetConfig = UNetConfig()):
+class Descent(nn.Module):
+    """The way down and the middle, which the UNet and a ControlNet share."""
+
+    def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         c0, levels = config.channels[0], len(config.channels)
@@ -86,14 +88,32 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, c0, 3, padding=1)
 
         self.down_blocks = nn.ModuleList()
-        channels, skips = c0, [c0]  # `skips`: channels of every activation that the way up will see again
+        self.skip_channels = [c0]  # of every activation that the way up will see again
         for i, c_out in enumerate(config.channels):
             last = i == levels - 1
-            self.down_blocks.append(DownBlock(channels, c_out, config.attention[i], last, config))
-            channels, skips = c_out, skips + [c_out] * (config.layers_per_block + (not last))
+            block = DownBlock(config.channels[max(i - 1, 0)], c_out, config.attention[i], last, config)
+            self.down_blocks.append(block)
+            self.skip_channels += [c_out] * (config.layers_per_block + (not last))
 
-        self.mid_block = MidBlock(channels, config)
+        self.mid_block = MidBlock(config.channels[-1], config)
 
+    def embed_time(self, z: Tensor, t: Tensor | int) -> Tensor:
+        t = torch.as_tensor(t, device=z.device).expand(len(z))
+        return self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(z.dtype))
+
+    def descend(self, x: Tensor, temb: Tensor, context: Tensor, attend: Attend) -> tuple[Tensor, list[Tensor]]:
+        """conv_in's output (B,C,h,w) -> the middle's output, and every activation on the way, conv_in's first."""
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, temb, context, attend)
+            skips = skips + more
+        return self.mid_block(x, temb, context, attend), skips
+
+
+class UNet(Descent):
+    def __init__(self, config: UNetConfig = UNetConfig()):
+        super().__init__(config)
+        c0, channels, skips = config.channels[0], config.channels[-1], list(self.skip_channels)
         self.up_blocks = nn.ModuleList()
         for i, c_out in reversed(list(enumerate(config.channels))):
             inputs = [channels] + [c_out] * config.layers_per_block
@@ -120,20 +140,17 @@ class UNet(nn.Module):
                 sites += [inner.attn1.site, inner.attn2.site]
         return sites
 
-    def forward(self, z: Tensor, t: Tensor | int, context: Tensor, attend: Attend = plain_attend) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor | int, context: Tensor, attend: Attend = plain_attend,
+                residuals: list[Tensor] | None = None) -> Tensor:
         """The predicted noise. z (B,4,h,w), t an int or (B,), context (B,M,D) -> (B,4,h,w).
 
         h and w must be multiples of 2^(levels - 1), 8 for SD1.5. `attend` is called at every attention layer.
+        `residuals` are a ControlNet's: one is added to each activation that the way up sees again, the last to x.
         """
-        t = torch.as_tensor(t, device=z.device).expand(len(z))
-        temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(z.dtype))
-
-        x = self.conv_in(z)
-        skips = [x]
-        for block in self.down_blocks:
-            x, more = block(x, temb, context, attend)
-            skips = skips + more
-        x = self.mid_block(x, temb, context, attend)
+        temb = self.embed_time(z, t)
+        x, skips = self.descend(self.conv_in(z), temb, context, attend)
+        if residuals is not None:
+            x, skips = x + residuals[-1], [skip + r for skip, r in zip(skips, residuals)]
         for block in self.up_blocks:
             n = len(block.resnets)
             x = block(x, temb, context, attend, skips[-n:])

@@ -12,7 +12,9 @@ from conftest import ROOT
 
 import isadca
 
-SOURCES = {path.stem: path for path in sorted((ROOT / "isadca").glob("*.py"))}
+PACKAGE = ROOT / "isadca"
+SOURCES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path
+           for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
 EACH_MODULE = pytest.mark.parametrize("module", SOURCES)
 
@@ -25,7 +27,9 @@ NUMBERS = re.compile(r"\bEqs?\.\s+(\d+(?:(?:\s*[-–,]\s*|\s+and\s+)\d+)*)")
 # a module imports from the rungs before its own only
 LADDER = [["config"], ["attention", "ddim", "methods"], ["layers"],
           ["checkpoints", "clip", "images", "ip_adapter", "tokenizer", "unet", "vae"], ["metrics", "model", "recipe"],
-          ["loading"], ["reference"], ["variation"], ["commands"], ["cli"], ["__main__"]]
+          ["loading"], ["reference"], ["variation"], ["commands"], ["cli"], ["__main__"],
+          ["baselines.controlnet", "baselines.image_variations", "baselines.prior"],
+          ["baselines.loading"]]
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "tqdm"}
 DISTRIBUTIONS = {"PIL": "pillow"}  # where it is not the module's name
 
@@ -53,15 +57,16 @@ def cited(text: str) -> set[int]:
     return found
 
 
-def imports(tree) -> list[tuple[str, bool]]:
+def imports(module: str) -> list[tuple[str, bool]]:
     """(module, whether it is the package's own), lazy imports too. "" is the package itself."""
-    found = []
-    for node in ast.walk(tree):
+    found, parts = [], module.split(".")
+    for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
             found += [(alias.name, False) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
             names = [alias.name if alias.name in SOURCES else "" for alias in node.names]
-            found += [(name, True) for name in ([node.module] if node.module else names)]
+            package = "".join(f"{part}." for part in parts[:-node.level])  # "" or "baselines."
+            found += [(name, True) for name in ([package + node.module] if node.module else names)]
         elif isinstance(node, ast.ImportFrom):
             found.append((node.module, False))
     return found
@@ -69,7 +74,7 @@ def imports(tree) -> list[tuple[str, bool]]:
 
 def outside(module: str) -> set[str]:
     """Top-level names that a module imports beyond the standard library and the package."""
-    roots = {name.split(".")[0] for name, own in imports(TREES[module]) if not own}
+    roots = {name.split(".")[0] for name, own in imports(module) if not own}
     return roots - sys.stdlib_module_names
 
 
@@ -122,14 +127,15 @@ def test_sizes(module):
 # ---- order ---------------------------------------------------------------------------------------------------
 
 def test_every_module_has_its_rung():
-    assert sorted(sum(LADDER, [])) == sorted(SOURCES.keys() - {"__init__"}), "put the new module on the ladder"
+    modules = {name for name in SOURCES if not name.endswith("__init__")}
+    assert sorted(sum(LADDER, [])) == sorted(modules), "put the new module on the ladder"
 
 
 @EACH_MODULE
 def test_nothing_imports_upward(module):
     """Within functions neither. The package itself, "", is for `__version__` alone; it imports nothing."""
-    own = {name for name, ours in imports(TREES[module]) if ours}
-    if module == "__init__":
+    own = {name for name, ours in imports(module) if ours}
+    if module.endswith("__init__"):
         assert own == set()
         return
     rung = next(i for i, names in enumerate(LADDER) if module in names)
