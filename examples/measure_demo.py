@@ -196,7 +196,7 @@ def method_table(pool, seeds: range) -> tuple[str, Image.Image]:
             f"references; the goal is 25 dB.\n\n{len(numbers)} pairs of a reference R and a prompt \"a N\" with "
             "another noun:\n\n" + head + "\n".join(lines),
             contact_sheet([pictures for _, _, pictures, _ in found[:8]],
-                          ["reference", "reconstruction", *(name for name, _ in SYSTEMS)],
+                          ["reference", "reconstruction", *(name.replace("λ", "lambda") for name, _ in SYSTEMS)],
                           [label for _, _, _, label in found[:8]]))
 
 
