@@ -110,9 +110,9 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, widen: type[nn.Module] = GEGLU):
         super().__init__()
-        self.net = nn.ModuleDict({"0": GEGLU(dim, 4 * dim), "2": nn.Linear(4 * dim, dim)})
+        self.net = nn.ModuleDict({"0": widen(dim, 4 * dim), "2": nn.Linear(4 * dim, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net["2"](self.net["0"](x))

@@ -35,13 +35,14 @@ def load_controlnet(path: str | Path, config: UNetConfig = UNetConfig(), dtype: 
     names = {rename(key.removeprefix("control_model."), CONTROLNET_RULES if ldm else []): key for key in header
              if not re.search(IGNORED, key)}
     part = _part("controlnet", path, "LDM" if ldm else "diffusers", names, header)
-    channels = [shape[0] for key, shape in sorted(part.shapes.items())
-                if re.fullmatch(r"controlnet_cond_embedding\.(conv_in|blocks\.\d*[13579])\.weight", key)]
+    widening = ["conv_in", *(f"blocks.{i}" for i in range(1, len(part.shapes), 2))]  # every other block widens
+    keys = [f"controlnet_cond_embedding.{name}.weight" for name in widening]
+    channels = tuple(part.shapes[key][0] for key in keys if key in part.shapes)
     if not channels:
         raise Problem(f"{path}: is not a ControlNet, it has no controlnet_cond_embedding or input_hint_block; "
                       "the paper's comparison uses control_v11e_sd15_shuffle")
     with torch.device("meta"):
-        net = ControlNet(config, tuple(sorted(channels)))
+        net = ControlNet(config, channels)
     return load_into(net, part, dtype, device)
 
 

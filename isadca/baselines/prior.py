@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clip import CLIPText
-from ..layers import Attention, TimestepEmbedding, timestep_embedding
+from ..layers import Attention, FeedForward, TimestepEmbedding, timestep_embedding
 from ..tokenizer import Tokenizer
 
 
@@ -47,22 +47,13 @@ class GELU(nn.Module):
         return F.gelu(self.proj(x))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.net = nn.ModuleDict({"0": GELU(dim, 4 * dim), "2": nn.Linear(4 * dim, dim)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net["2"](self.net["0"](x))
-
-
 class PriorBlock(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, heads, bias=True)
         self.norm3 = nn.LayerNorm(dim)  # (sic) there is no second: no cross-attention
-        self.ff = FeedForward(dim)
+        self.ff = FeedForward(dim, GELU)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         masked = lambda q, k, v, site: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
