@@ -10,7 +10,7 @@ from keyfiles import cast, ldm_pairs, listing, renamed, write_sparse
 from isadca.baselines import loading, prior
 from isadca.config import Problem, UNetConfig
 
-SMALL = UNetConfig(channels=(16, 32), attention=(True, False))
+SMALL = UNetConfig(channels=(16, 32), attention=(True, False), norm_groups=8)
 
 
 def test_controlnet_rules_are_the_published_pairs():
