@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoints import Part, explain_mismatch, load_into, recognise
+from .checkpoints import Part, explain_mismatch, load_into, recognise, without_values
 from .clip import CLIPText, CLIPVision
 from .config import (CLIPTextConfig, CLIPVisionConfig, Problem, ScheduleConfig, UNetConfig, VAEConfig,
                      read_config)
@@ -30,7 +30,7 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
     """Load a diffusers folder or an LDM single file; without `weights`, the demo checkpoint.
 
     `ip_adapter` and `image_encoder` are found inside or beside the weights when they are not given;
-    ip_adapter="none" does without. `vae` replaces the autoencoder. Raises Problem where something does not fit.
+    "none" does without either. `vae` replaces the autoencoder. Raises Problem where something does not fit.
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
@@ -46,7 +46,7 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
             found["vision"] = find_part(encoder, "vision", dtype)
     if not adapter_file:
         found.pop("vision", None)  # nothing would use it
-    networks = {kind: load_into(build(part), part, _vae_dtype(dtype) if kind == "vae" else dtype, device)
+    networks = {kind: load_into(build(part), part, vae_dtype(dtype) if kind == "vae" else dtype, device)
                 for kind, part in found.items()}
     _check_fit(networks, found)
     text = networks["text"]
@@ -119,6 +119,8 @@ def find_adapter(weights: Path, given: str | Path | None) -> Path | None:
 
 
 def _encoder_path(weights: Path, adapter: Path, given: str | Path | None) -> Path | None:
+    if given and str(given) == "none":
+        return None
     if given:
         return Path(given)
     beside = [weights, adapter.parent, adapter.parent.parent / "models"]
@@ -130,7 +132,7 @@ def _encoder_path(weights: Path, adapter: Path, given: str | Path | None) -> Pat
 def build(part: Part) -> nn.Module:
     """The network of `part` on the meta device, its sizes from the config.json beside the file (or SD1.5's)."""
     config = part.path.parent / "config.json"
-    with torch.device("meta"):
+    with without_values():
         if part.kind == "unet":
             return UNet(read_config(UNetConfig, config))
         if part.kind == "vae":
@@ -209,7 +211,7 @@ def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     return names[name]
 
 
-def _vae_dtype(dtype: torch.dtype) -> torch.dtype:
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
     """The VAE overflows in fp16."""
     return torch.float32 if dtype == torch.float16 else dtype
 

@@ -27,9 +27,9 @@ NUMBERS = re.compile(r"\bEqs?\.\s+(\d+(?:(?:\s*[-–,]\s*|\s+and\s+)\d+)*)")
 # a module imports from the rungs before its own only
 LADDER = [["config"], ["attention", "ddim", "methods"], ["layers"],
           ["checkpoints", "clip", "images", "ip_adapter", "tokenizer", "unet", "vae"], ["metrics", "model", "recipe"],
-          ["loading"], ["reference"], ["variation"], ["commands"], ["cli"], ["__main__"],
-          ["baselines.controlnet", "baselines.image_variations", "baselines.prior"],
-          ["baselines.loading"]]
+          ["loading"], ["reference"], ["variation"],
+          ["baselines.controlnet", "baselines.image_variations", "baselines.prior"], ["baselines.loading"],
+          ["baselines.systems", "scores"], ["evaluate"], ["report"], ["commands"], ["cli"], ["__main__"]]
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "tqdm"}
 DISTRIBUTIONS = {"PIL": "pillow"}  # where it is not the module's name
 
@@ -193,6 +193,17 @@ before = set(sys.modules)
 import isadca
 print(sorted({name.split(".")[0] for name in sys.modules.keys() - before} - sys.stdlib_module_names))"""
     assert run_python(code, tmp_path) == "['isadca']\n"
+
+
+def test_a_cold_start_does_not_import_torchs_compiler(tmp_path):
+    """800 modules and 1.4 s that initial values on the meta device would cost; nor does running need them."""
+    code = """
+import sys, isadca
+model = isadca.load(device="cpu")
+ref = isadca.invert(model, isadca.load_image(isadca.loading.default_weights() / "references/cat.png"), 1)
+isadca.vary(model, ref, "a lemon")
+print([name for name in ("torch._dynamo", "sympy", "torch._inductor") if name in sys.modules])"""
+    assert run_python(code, tmp_path) == "[]\n"
 
 
 def test_importing_every_module_leaves_the_process_as_it_was(tmp_path):

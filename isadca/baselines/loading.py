@@ -2,14 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from ..checkpoints import IGNORED, UNET_RULES, Part, load_into, read_header, rename
-from ..clip import CLIPText
+from ..checkpoints import IGNORED, UNET_RULES, Part, load_into, read_header, rename, without_values
+from ..clip import CLIPText, CLIPVision
 from ..config import Problem, ScheduleConfig, UNetConfig
 from ..ddim import Schedule
-from ..loading import build, find_part, pick_file
+from ..loading import build, default_weights, find_part, pick_file, vae_dtype
 from ..model import Model
 from ..tokenizer import Tokenizer
 from .controlnet import ControlNet
@@ -41,7 +42,7 @@ def load_controlnet(path: str | Path, config: UNetConfig = UNetConfig(), dtype: 
     if not channels:
         raise Problem(f"{path}: is not a ControlNet, it has no controlnet_cond_embedding or input_hint_block; "
                       "the paper's comparison uses control_v11e_sd15_shuffle")
-    with torch.device("meta"):
+    with without_values():
         net = ControlNet(config, channels)
     return load_into(net, part, dtype, device)
 
@@ -52,7 +53,7 @@ def load_prior(folder: str | Path, dtype: torch.dtype = torch.float32,
     folder = Path(folder)
     path = pick_file(folder / "prior", dtype)
     header = read_header(path)
-    with torch.device("meta"):
+    with without_values():
         net = Prior(_prior_config(path, {key: shape for key, (shape, _) in header.items()}))
     prior = load_into(net, _part("prior", path, "diffusers", {key: key for key in header}, header), dtype, device)
     text = find_part(folder / "text_encoder", "text", dtype)
@@ -69,13 +70,35 @@ def load_image_variations(folder: str | Path, dtype: torch.dtype = torch.float32
     folder, networks, files = Path(folder), {}, {}
     for kind, name in (("unet", "unet"), ("vae", "vae"), ("vision", "image_encoder")):
         part = find_part(folder / name, kind, dtype)
-        networks[kind], files[kind] = load_into(build(part), part, dtype, device), part.path
+        own = vae_dtype(dtype) if kind == "vae" else dtype
+        networks[kind], files[kind] = load_into(build(part), part, own, device), part.path
     unet, vision = networks["unet"], networks["vision"]
     if vision.config.projection_dim != unet.config.context_dim:
         raise Problem(f"{files['vision']}: an image encoder that projects to {vision.config.projection_dim}, the UNet "
                       f"expects {unet.config.context_dim}; they belong to different models")
     schedule = Schedule(ScheduleConfig())
     return Model(unet, networks["vae"], None, None, schedule, vision, None, torch.device(device), dtype, files)
+
+
+class CLIP(NamedTuple):
+    """A judge of pictures and texts."""
+
+    text: CLIPText
+    vision: CLIPVision
+    tokenizer: Tokenizer
+
+
+def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> CLIP:
+    """Both halves of a CLIP from one file and its config.json, as openai/clip-vit-large-patch14 and -base-patch32
+    publish them; float32. The vocabulary is the folder's, or CLIP's own."""
+    folder = Path(folder)
+    parts = [find_part(folder, kind, torch.float32) for kind in ("text", "vision")]
+    text, vision = (load_into(build(part), part, torch.float32, device) for part in parts)
+    if text.config.projection_dim != vision.config.projection_dim:
+        raise Problem(f"{parts[0].path}: its texts and pictures are not embedded in one space; the metrics take a "
+                      "whole CLIP, such as openai/clip-vit-large-patch14, with its config.json")
+    words = folder if (folder / "vocab.json").is_file() else default_weights().parent / "tokenizer"
+    return CLIP(text, vision, Tokenizer.from_folder(words, text.config.max_tokens))
 
 
 def _prior_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> PriorConfig:
