@@ -8,7 +8,7 @@ from pathlib import Path
 from demo_world import learn_bpe, vocabulary
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from isadca.clip import CLIPText, CLIPVision
 from isadca.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig, read_config
@@ -62,14 +62,14 @@ def save_network(folder: Path, net: nn.Module, config=None) -> None:
     """fp16 weights and config.json, under the names that diffusers and transformers look for."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "diffusion_pytorch_model" if isinstance(net, (UNet, VAE)) else "model"
-    save_tensors(folder / f"{name}.safetensors", net)
+    save_tensors(folder / f"{name}.safetensors", net.state_dict())
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config_json(config), indent=1) + "\n")
 
 
-def save_tensors(path: Path, net: nn.Module) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_write(path) as temporary:
-        save_file({key: x.detach().half().cpu().contiguous() for key, x in net.state_dict().items()}, temporary)
+        save_file({key: x.detach().half().cpu().contiguous() for key, x in tensors.items()}, temporary)
 
 
 def load_network(folder: Path, cls) -> nn.Module:
@@ -96,7 +96,9 @@ def save_pipeline(folder: Path) -> None:
 
 def save_curves(state: Path, folder: Path) -> None:
     """Copy the stages' logs (step, mean loss of 100 steps) into `folder`, and draw them side by side."""
-    logs = sorted(state.glob("*.csv"))
+    logs = sorted(log for log in state.glob("*.csv") if log.stat().st_size)
+    if not logs:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     sheet = Image.new("RGB", (300 * len(logs), 240), "white")
     for i, log in enumerate(logs):

@@ -68,10 +68,13 @@ class Studio:
                 return attend(q.float(), k.float(), v.float(), site).to(q.dtype)
         return attend_float32
 
+    def texts(self, index: np.ndarray, rng: np.random.Generator, dropped: float = 0) -> list[str]:
+        """A caption for each scene, a share of them empty."""
+        return [world.caption(self.scenes[i], rng) if rng.random() >= dropped else "" for i in index]
+
     def captions(self, index: np.ndarray, rng: np.random.Generator, dropped: float = 0) -> Tensor:
-        """A caption for each scene as token ids, a share of them empty."""
-        texts = [world.caption(self.scenes[i], rng) if rng.random() >= dropped else "" for i in index]
-        return self.tokenizer(texts).to(self.device)
+        """The same as token ids."""
+        return self.tokenizer(self.texts(index, rng, dropped)).to(self.device)
 
 
 def fit(name: str, net: nn.Module, loss: Loss, studio: Studio, plan: Plan) -> nn.Module:

@@ -16,6 +16,7 @@ can do is measured by measure_demo.py.
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from demo_files import (CLIP_TEXT, CLIP_VISION, MAX_TOKENS, UNET, VAE_SIZES, load_network, save_curves,
                         save_network, save_pipeline, save_tensors)
-from demo_fit import RANK, RANKS, SCENES, Plan, Studio, fit
+from demo_fit import RANK, RANKS, SCENES, Loss, Plan, Studio, fit
 from demo_judge import HEADS, Judge, judge_loss
 from PIL import Image
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ from isadca.unet import UNet
 from isadca.vae import VAE
 
 PLANS = {"vae": Plan(6000, 16, 1e-3), "clip": Plan(1600, 64, 1e-3), "judge": Plan(1500, 48, 2e-3),
-         "unet": Plan(5000, 32, 8e-4, 300), "vision": Plan(1800, 64, 6e-4), "adapter": Plan(1000, 32, 1e-3),
+         "unet": Plan(7000, 32, 8e-4, 300), "vision": Plan(1800, 64, 6e-4), "adapter": Plan(1500, 32, 1e-3),
          "references": Plan(0, 0, 0)}
 REFERENCES = [("cat", "3d", "green", "checkered"), ("rocket", "3d", "blue", "dotted"),
               ("pig", "flat", "green", "dotted"), ("apple", "3d", "yellow", "striped")]
@@ -78,12 +79,11 @@ class CLIP(nn.Module):
             if "embedding" in name and p.ndim <= 2:
                 nn.init.normal_(p, std=0.02)
 
-    def loss(self, studio: Studio, index: np.ndarray, rng: np.random.Generator) -> Tensor:
+    def loss(self, pixels: Tensor, ids: Tensor) -> Tensor:
         """Which caption belongs to which picture of the batch, both ways round."""
-        pictures = self.vision(clip_pixels(studio, index))[0]
-        texts = self.text.embed(studio.captions(index, rng)[:, :16])  # the rest is padding, after what is read
+        pictures, texts = self.vision(pixels)[0], self.text.embed(ids)
         scores = F.normalize(pictures.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
-        scores, right = scores * self.log_scale.exp().clamp(max=100), torch.arange(len(index), device=scores.device)
+        scores, right = scores * self.log_scale.exp().clamp(max=100), torch.arange(len(pixels), device=scores.device)
         return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
 
 
@@ -92,11 +92,16 @@ def clip_pixels(studio: Studio, index: np.ndarray) -> Tensor:
     return ((studio.pixels(index) + 1) / 2 - mean) / std
 
 
-def train_clip(studio: Studio, plan: Plan) -> None:
+def contrastive(studio: Studio, plan: Plan) -> Loss:
     def loss(net, rng):
-        return net.loss(studio, rng.integers(SCENES, size=plan.batch), rng)  # a share would have too few negatives
+        index = rng.integers(SCENES, size=plan.batch)  # on every process: a share would have too few negatives
+        ids = studio.captions(index, rng)[:, :16]      # the rest is padding, after what is read
+        return net.loss(clip_pixels(studio, index), ids)
+    return loss
 
-    ema = fit("clip", CLIP(), loss, studio, plan)
+
+def train_clip(studio: Studio, plan: Plan) -> None:
+    ema = fit("clip", CLIP(), contrastive(studio, plan), studio, plan)
     save_network(studio.folder / "image_encoder", ema.vision, CLIP_VISION)
     save_network(studio.folder / "text_encoder_with_projection", ema.text, CLIP_TEXT)
     bare = replace(CLIP_TEXT, projection_dim=None)
@@ -110,11 +115,8 @@ def train_vision(studio: Studio, plan: Plan) -> None:
     net = CLIP()
     net.load_state_dict(torch.load(studio.state / "clip.pt", map_location="cpu", weights_only=True)["ema"])
     net.text.requires_grad_(False)
-
-    def loss(net, rng):
-        return net.loss(studio, rng.integers(SCENES, size=plan.batch), rng)
-
-    save_network(studio.folder / "image_encoder", fit("vision", net, loss, studio, plan).vision, CLIP_VISION)
+    ema = fit("vision", net, contrastive(studio, plan), studio, plan)
+    save_network(studio.folder / "image_encoder", ema.vision, CLIP_VISION)
 
 
 def train_judge(studio: Studio, plan: Plan) -> None:
@@ -143,10 +145,12 @@ class Diffusion:
         schedule = Schedule(ScheduleConfig())
         self.alpha_bar = torch.tensor([schedule.alpha_bar(t) for t in range(1000)], device=studio.device).float()
 
-    def loss(self, unet: UNet, index: np.ndarray, rng: np.random.Generator, dropped: float, attend: Attend) -> Tensor:
+    @torch.no_grad()
+    def context(self, index: np.ndarray, rng: np.random.Generator, dropped: float) -> Tensor:
+        return self.text(self.studio.captions(index, rng, dropped))
+
+    def loss(self, unet: Callable[..., Tensor], index: np.ndarray, context: Tensor, attend: Attend) -> Tensor:
         """Mean squared error of the predicted noise, with min-SNR-5 weights (arXiv 2303.09556)."""
-        with torch.no_grad():
-            context = self.text(self.studio.captions(index, rng, dropped))
         z0, t = self.z0[index], torch.randint(0, 1000, (len(index),), device=self.z0.device)
         level, noise = self.alpha_bar[t].view(-1, 1, 1, 1), torch.randn_like(z0)
         with self.studio.autocast():
@@ -160,7 +164,7 @@ def train_unet(studio: Studio, plan: Plan) -> None:
 
     def loss(net, rng):
         index = rng.integers(SCENES, size=plan.batch // RANKS)
-        return diffusion.loss(net, index, rng, 0.1, kernel)
+        return diffusion.loss(net, index, diffusion.context(index, rng, 0.1), kernel)
 
     unet = UNet(UNET)
     for name, p in unet.named_parameters():  # every residual branch, and the output, starts at zero
@@ -179,10 +183,10 @@ def train_adapter(studio: Studio, plan: Plan) -> None:
         index = rng.integers(SCENES, size=plan.batch // RANKS)
         kept = torch.from_numpy(rng.random((len(index), 1)) >= 0.08).to(embeds.device)
         kv = net.keys_values(net.image_proj(embeds[index] * kept), unet.sites, UNET.n_heads)
-        return diffusion.loss(unet, index, rng, 0.5, dca(kv, kernel=kernel))
+        return diffusion.loss(unet, index, diffusion.context(index, rng, 0.5), dca(kv, kernel=kernel))
 
     save_tensors(studio.folder / "ip-adapter_demo.safetensors",
-                 fit("adapter", new_adapter(unet), loss, studio, plan))
+                 fit("adapter", new_adapter(unet), loss, studio, plan).state_dict())
 
 
 def new_adapter(unet: UNet, tokens: int = 4) -> IPAdapter:
@@ -222,10 +226,10 @@ STAGES = {"vae": train_vae, "clip": train_clip, "judge": train_judge, "unet": tr
           "adapter": train_adapter, "references": save_references}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(doc: str, stages: dict[str, Callable[[Studio, Plan], None]], plans: dict[str, Plan]) -> None:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to make")
-    parser.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)}")
+    parser.add_argument("--stages", default=",".join(stages), help=f"some of {','.join(stages)}")
     parser.add_argument("--steps", type=int, help="steps of each stage, instead of the plan's")
     parser.add_argument("--art", type=Path, help="where the art is kept (default: OUT/.train)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 in the UNet's passes")
@@ -237,9 +241,9 @@ def main() -> None:
         save_pipeline(args.out)
     studio = Studio(args.out, args.art or args.out / ".train", args.bf16)
     for stage in args.stages.split(","):
-        plan = PLANS[stage]._replace(**({"steps": args.steps} if args.steps else {}))
+        plan = plans[stage]._replace(**({"steps": args.steps} if args.steps else {}))
         torch.manual_seed(0)
-        STAGES[stage](studio, plan)
+        stages[stage](studio, plan)
         if RANKS > 1:
             dist.barrier()  # what this stage wrote, the next one reads
         if RANK == 0:
@@ -247,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, STAGES, PLANS)

@@ -1,4 +1,4 @@
-"""The command line: `isadca vary`, `sweep`, `reconstruct`, `invert`, `inspect`, `methods`.
+"""The command line: `isadca vary`, `sweep`, `reconstruct`, `invert`, `evaluate`, `inspect`, `methods`.
 
 Paths of what was written go to standard output, everything else to standard error. Exit codes: 0, 2 for a problem
 that the user can mend (one line says which), 130 when interrupted. Heavy imports wait until a command runs.
@@ -45,6 +45,7 @@ def parser(recipe: dict | None = None) -> Parser:
     _out(p, "REF.safetensors")
     _inversion(p)
 
+    _evaluate(commands)
     p = _command(commands, "inspect", "what a weights file or folder is, and whether it would load",
                  "isadca inspect weights/demo")
     p.add_argument("paths", nargs="+", type=Path, metavar="PATH")
@@ -60,10 +61,28 @@ def _vary(commands, recipe: dict) -> None:
     _out(p, "OUT.png")
     p.add_argument("--lam", help="λ: 1 is ISA alone, 0 is DCA alone; 0.7, linear:1:0.3 or cosine:1:0 (0.7)")
     _generation(p)
+    p.add_argument("--prior", metavar="FOLDER", help="Kandinsky 2.2's prior: the image prompt is what it expects of "
+                   "the text (with --ip-adapter ip-adapter_sd15_vit-G.safetensors)")
     p.add_argument("--attend", metavar="FILE.py:NAME", help="your own attention: a function Controls -> Attend")
     p.add_argument("--recipe", metavar="PNG", help="make a picture of `isadca vary` again; other flags change it")
     p.add_argument("--grid", metavar="SHEET.png", help="with --n: also a contact sheet")
     p.set_defaults(**recipe)
+
+
+def _evaluate(commands) -> None:
+    p = _command(commands, "evaluate", "the paper's Table 1: every system and every metric, over pairs",
+                 "isadca evaluate weights/demo/pairs -o results")
+    p.add_argument("pairs", metavar="PAIRS", help="a folder with pairs.csv or pairs.json (reference, prompt), or "
+                   "DreamBooth's dataset folder")
+    _out(p, "RESULTS/")
+    p.add_argument("--systems", help="comma-separated (all whose weights are there): rival, ip-adapter, "
+                   "image-variations, controlnet-shuffle, isadca, isadca-0.5, isadca-attention, isadca-prior, and the "
+                   "other names of isadca methods")
+    p.add_argument("--metrics", help="comma-separated (all whose weights are there): lpips-alex, lpips-vgg, ssim, "
+                   "ssim-luma, sifid, clip-i, clip-t, clipscore")
+    p.add_argument("--seeds", default="0", help="comma-separated (%(default)s)")
+    p.add_argument("--steps", type=int, default=50, help="DDIM steps (%(default)s)")
+    _weights(p)
 
 
 def _command(commands, name: str, summary: str, example: str) -> Parser:
@@ -80,6 +99,10 @@ def _inversion(p: Parser) -> None:
     p.add_argument("--steps", type=int, help="DDIM steps (50)")
     p.add_argument("--ref-prompt", default="", help='what the reference shows, for its inversion ("")')
     p.add_argument("--size", type=int, help="side in pixels (what the model was trained on)")
+    _weights(p)
+
+
+def _weights(p: Parser) -> None:
     p.add_argument("--weights", metavar="PATH", help="diffusers folder or LDM .safetensors (weights/demo)")
     p.add_argument("--vae", metavar="PATH", help="another autoencoder")
     p.add_argument("--ip-adapter", metavar="FILE", help="IP-Adapter .safetensors, or none (found beside the weights)")

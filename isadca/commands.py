@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .config import Problem
 from .images import contact_sheet, load_image, psnr, save_png
-from .loading import load, parts_of
+from .loading import default_weights, load, parts_of, pick_file
 from .methods import PRESETS, Method, method_named, parse_lam
 from .recipe import check_same, fingerprint, hash_files, make_recipe
 from .reference import Reference, load_reference, reconstruct as run_back, save_reference
@@ -31,7 +31,7 @@ def vary(args: Namespace) -> None:
     seeds = _seeds(args)
     method = _many(args, _method(args, parse_lam(str(args.lam)) if args.lam is not None else None))
     session = Session(args)
-    [z] = session.sample([Run(session.prompt(args.prompt), method, seeds, args.negative)])
+    [z] = session.sample([Run(session.prompt(args.prompt), method, seeds, args.negative)], session.expected())
     pictures = decode(session.model, z)
     for seed, picture in zip(seeds, pictures):
         path = out if len(seeds) == 1 else out.with_stem(f"{out.stem}-{seed}")
@@ -78,6 +78,39 @@ def invert(args: Namespace) -> None:
     print(out)
 
 
+def evaluate(args: Namespace) -> None:
+    from .baselines.systems import available_systems, find_extra, make_system  # much that `vary` does not need
+    from .evaluate import check_settings, evaluate, list_items, meet, own_device, read_pairs
+    from .report import about_run, write_report
+    from .scores import Scores, available_metrics
+    pairs, weights = read_pairs(args.pairs), Path(args.weights) if args.weights else default_weights()
+    model = load(weights, args.ip_adapter, args.image_encoder, args.vae, own_device(args.device), args.dtype)
+    model.schedule.steps(args.steps)  # refuses a bad number before the work
+    folder = find_extra(weights, "metrics") or weights / "metrics"
+    systems = _chosen(args.systems, *available_systems(model, weights))
+    metrics = _chosen(args.metrics, *available_metrics(folder))
+    draws = {name: make_system(name, model, weights, args.steps) for name in systems}
+    scores = Scores(metrics, folder, model.device)
+    items = list_items(pairs, systems, tuple(_number("--seeds", text) for text in args.seeds.split(",")))
+    _folder(args.out)
+    check_settings(args.out, pairs, args.steps, model.size, hash_files(model.files).result())
+    evaluate(items, draws, scores, args.out, model.size,
+             lambda items, label: tqdm(items, desc=label, disable=args.quiet, file=sys.stderr))
+    if meet():
+        about = about_run(items, model, args.steps, weights, f"isadca evaluate {args.pairs} -o {args.out}")
+        for path in write_report(items, args.out, metrics, about):
+            print(path)
+
+
+def _chosen(asked: str | None, there: tuple[str, ...], lacking: dict[str, str]) -> tuple[str, ...]:
+    """What was asked for; or all that can be had, and a note on the rest."""
+    if asked:
+        return tuple(dict.fromkeys(asked.split(",")))
+    if lacking:
+        note(f"left out: {', '.join(f'{name} ({why})' for name, why in lacking.items())}; see weights/README.md")
+    return there
+
+
 def inspect(args: Namespace) -> None:
     """One line a part; raises the first Problem after the paths before it were printed."""
     for path in args.paths:
@@ -103,8 +136,13 @@ class Session:
         self.reference_path = Path(args.ref)
         saved = self.reference_path.suffix == ".safetensors"
         picture = None if saved else load_image(self.reference_path)  # fail before the slow part
-        self.model = load(args.weights, args.ip_adapter, args.image_encoder, args.vae, args.device, args.dtype)
-        self.hashes = hash_files(self.model.files)
+        from .baselines.loading import load_prior
+        prior = getattr(args, "prior", None)
+        encoder = args.image_encoder or ("none" if prior else None)  # what the prior says needs no picture
+        self.model = load(args.weights, args.ip_adapter, encoder, args.vae, args.device, args.dtype)
+        self.prior = load_prior(prior, self.model.dtype, self.model.device) if prior else None
+        self.hashes = hash_files(self.model.files | ({"prior": pick_file(Path(prior, "prior"), self.model.dtype)}
+                                                     if prior else {}))
         if getattr(args, "recipe_source", None):
             check_same(args.recipe_source, args.recipe, self.reference_path, self.hashes.result())
         if saved:
@@ -121,11 +159,16 @@ class Session:
                               "out or invert the picture again")
         return ref
 
-    def sample(self, runs: list[Run]) -> list[torch.Tensor]:
+    def expected(self) -> torch.Tensor | None:
+        """The image embedding that the prior expects of the prompt."""
+        from .baselines.prior import embed_prompt
+        return embed_prompt(*self.prior, self.prompt(self.args.prompt), seed=self.args.seed) if self.prior else None
+
+    def sample(self, runs: list[Run], image_embeds: torch.Tensor | None = None) -> list[torch.Tensor]:
         if self.model.ip_adapter is None and any(run.method.wants_image for run in runs):
             note("no IP-Adapter: the DCA branch sees the text alone")
         return sample(self.model, self.ref, runs, progress=self.progress, at_once=self.args.replay_at_once,
-                      rows_at_once=self.args.rows_at_once)
+                      rows_at_once=self.args.rows_at_once, image_embeds=image_embeds)
 
     def prompt(self, text: str) -> str:
         cut = self.model.tokenizer.cut(text)
@@ -160,6 +203,19 @@ def _many(args: Namespace, method: Method) -> Method:
              "(--init shuffle and --init random differ more)")
         return replace(method, diversity=DIVERSITY_OF_MANY)
     return method
+
+
+def _number(flag: str, text: str) -> int:
+    if not text.strip().isdigit():
+        raise Problem(f"{flag} has {text!r}, expected whole numbers such as 0,1,2")
+    return int(text)
+
+
+def _folder(path: Path) -> None:
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise Problem(f"{path}: cannot be made or written ({error.strerror}); choose another -o") from None
 
 
 def _seeds(args: Namespace) -> tuple[int, ...]:

@@ -127,6 +127,10 @@ def read_config(cls, path: str | Path):
             raise ValueError(f"it holds a {type(raw).__name__}, not an object")
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise Problem(f"{path}: not a readable config ({error}); copy it again from the model's repository") from None
+    half = {CLIPTextConfig: "text_config", CLIPVisionConfig: "vision_config"}.get(cls)
+    if isinstance(raw.get(half), dict):  # a whole CLIP, with both halves in one file
+        raw = raw[half] | {"projection_dim": raw.get("projection_dim", 512),
+                           "architectures": ["CLIPTextModelWithProjection"]}
     for key, allowed in _FIXED[cls].items():
         if key in raw and raw[key] not in allowed:
             raise Problem(f"{path}: {key} is {raw[key]!r}, isadca computes {' or '.join(map(repr, allowed))} only; "

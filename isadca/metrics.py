@@ -70,24 +70,25 @@ def lpips(a: Tensor, b: Tensor, kind: str, trunk: Weights, heads: Weights) -> Te
     its channels. (B,3,H,W) in [-1,1] -> (B,); 0 for equal pictures. `kind` is "alex" or "vgg"."""
     shift, scale = (torch.tensor(c, device=a.device, dtype=a.dtype).view(1, 3, 1, 1) for c in (SHIFT, SCALE))
     distance = torch.zeros(len(a), device=a.device, dtype=a.dtype)
-    pairs = zip(*(_taps((x - shift) / scale, kind, trunk) for x in (a, b)))
+    pairs = zip(*(taps((x - shift) / scale, kind, trunk) for x in (a, b)))
     for level, (f, g) in enumerate(pairs):
         difference = (_unit(f) - _unit(g)) ** 2
         distance = distance + F.conv2d(difference, heads[f"lin{level}.model.1.weight"]).mean((1, 2, 3))
     return distance
 
 
-def _taps(x: Tensor, kind: str, trunk: Weights) -> list[Tensor]:
-    taps = []
+def taps(x: Tensor, kind: str, trunk: Weights) -> list[Tensor]:
+    """The activations that LPIPS reads, finest first. `x` is shifted and scaled as the trunk expects."""
+    found = []
     for layer in TRUNKS[kind]:
         if layer == TAP:
-            taps.append(x)
+            found.append(x)
         elif layer == POOL:
             x = F.max_pool2d(x, POOLING[kind], stride=2)
         else:
             key = f"features.{layer.number}"
             x = F.relu(F.conv2d(x, trunk[f"{key}.weight"], trunk[f"{key}.bias"], layer.stride, layer.padding))
-    return taps
+    return found
 
 
 def _unit(f: Tensor) -> Tensor:

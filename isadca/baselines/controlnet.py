@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from ..attention import Attend, attend as plain_attend
 from ..config import UNetConfig
+from ..ddim import step
+from ..images import fit, to_tensor
+from ..model import Model
+from ..reference import Progress, silent
 from ..unet import Descent
+from ..variation import decode, guide
 
 
 class HintEncoder(nn.Module):
@@ -55,6 +60,23 @@ class ControlNet(Descent):
         residuals = [conv(skip) * scale for conv, skip in zip(self.controlnet_down_blocks, skips)]
         residuals.append(self.controlnet_mid_block(x) * scale)
         return [r.mean((2, 3), keepdim=True) for r in residuals] if pooled else residuals
+
+
+def restyle(model: Model, controlnet: ControlNet, image: Image.Image, prompt: str, steps: int = 50,
+            guidance: float = 7.0, seed: int = 0, progress: Progress = silent) -> Image.Image:
+    """Text to image in the style of a picture, by DDIM: ControlNet Shuffle as its authors run it, with the hint
+    shuffled, the residuals pooled, and nothing on the unconditional half."""
+    device, side, latent = model.device, model.size, model.unet.config.sample_size
+    hint = (to_tensor(shuffle_content(fit(image, side), seed, cell=side // 2)) + 1) / 2
+    hint, context = hint.to(device, model.dtype), model.context(["", prompt])
+    z = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    z = z.to(device, torch.promote_types(model.dtype, torch.float32))
+    for t, t_prev in progress(model.schedule.steps(steps), "sampling"):
+        x = z.to(model.dtype)
+        residuals = on_text_half(controlnet(x, t, context[1:], hint, pooled=True))
+        eps = guide(model.unet(x.expand(2, -1, -1, -1), t, context, residuals=residuals).to(z.dtype), 2, guidance)
+        z = step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev))
+    return decode(model, z)[0]
 
 
 def on_text_half(residuals: list[Tensor]) -> list[Tensor]:
