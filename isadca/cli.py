@@ -1,4 +1,4 @@
-"""The command line: `isadca vary`, `sweep`, `reconstruct`, `invert`, `inspect`, `methods`.
+"""The command line: `isadca vary`, `sweep`, `reconstruct`, `invert`, `inspect`, `methods`, `convert`.
 
 Paths of what was written go to standard output, everything else to standard error. Exit codes: 0, 2 for a problem
 that the user can mend (one line says which), 130 when interrupted. Heavy imports wait until a command runs.
@@ -49,6 +49,7 @@ def parser(recipe: dict | None = None) -> Parser:
                  "isadca inspect weights/demo")
     p.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     _command(commands, "methods", "the presets of --method, field by field", "isadca methods")
+    _files(commands)
     return top
 
 
@@ -64,6 +65,13 @@ def _vary(commands, recipe: dict) -> None:
     p.add_argument("--recipe", metavar="PNG", help="make a picture of `isadca vary` again; other flags change it")
     p.add_argument("--grid", metavar="SHEET.png", help="with --n: also a contact sheet")
     p.set_defaults(**recipe)
+
+
+def _files(commands) -> None:
+    p = _command(commands, "convert", "a PyTorch pickle (.bin, .pth, .ckpt) to safetensors; for files you trust",
+                 "isadca convert ip-adapter_sd15.bin -o ip-adapter_sd15.safetensors")
+    p.add_argument("source", type=Path, metavar="FILE", help="also an IP-Adapter's training checkpoint")
+    _out(p, "FILE.safetensors")
 
 
 def _command(commands, name: str, summary: str, example: str) -> Parser:

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .config import Problem
+from .convert import convert as convert_file
 from .images import contact_sheet, load_image, psnr, save_png
 from .loading import load, parts_of
 from .methods import PRESETS, Method, method_named, parse_lam
@@ -93,6 +94,14 @@ def methods(args: Namespace) -> None:
         print(f"{method.name}: {method.source}")
         values = [f"{f.name}={getattr(method, f.name)}" for f in fields(method) if f.name not in ("name", "source")]
         print(fill(", ".join(values), 100, initial_indent="    ", subsequent_indent="    "))
+
+
+def convert(args: Namespace) -> None:
+    left_out = convert_file(args.source, _writable(args.out, ".safetensors"))
+    if left_out:
+        note(f"{len(left_out)} left out, no tensors or not the adapter's: {', '.join(left_out[:3])}"
+             + (", ..." if len(left_out) > 3 else ""))
+    print(args.out)
 
 
 class Session:

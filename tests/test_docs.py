@@ -26,7 +26,8 @@ NUMBERS = re.compile(r"\bEqs?\.\s+(\d+(?:(?:\s*[-–,]\s*|\s+and\s+)\d+)*)")
 
 # a module imports from the rungs before its own only
 LADDER = [["config"], ["attention", "ddim", "methods"], ["layers"],
-          ["checkpoints", "clip", "images", "ip_adapter", "tokenizer", "unet", "vae"], ["metrics", "model", "recipe"],
+          ["checkpoints", "clip", "images", "ip_adapter", "recipe", "tokenizer", "unet", "vae"],
+          ["convert", "metrics", "model"],
           ["loading"], ["reference"], ["variation"], ["commands"], ["cli"], ["__main__"],
           ["baselines.controlnet", "baselines.image_variations", "baselines.prior"],
           ["baselines.loading"]]
