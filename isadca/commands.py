@@ -11,6 +11,7 @@ from textwrap import fill
 import torch
 from tqdm import tqdm
 
+from . import fetch as fetching
 from .config import Problem
 from .convert import convert as convert_file
 from .images import contact_sheet, load_image, psnr, save_png
@@ -94,6 +95,24 @@ def methods(args: Namespace) -> None:
         print(f"{method.name}: {method.source}")
         values = [f"{f.name}={getattr(method, f.name)}" for f in fields(method) if f.name not in ("name", "source")]
         print(fill(", ".join(values), 100, initial_indent="    ", subsequent_indent="    "))
+
+
+def fetch(args: Namespace) -> None:
+    items = fetching.wanted(args.names)
+    absent = fetching.missing(items, args.to)
+    note(f"{len(items) - len(absent)} of {len(items)} files are there, verified; "
+         f"to download: {sum(item.size for item in absent) / 1e9:.2f} GB")
+    for item in items:
+        if item in absent:
+            fetching.fetch(item, args.to)
+        print(item.target(args.to))
+    for unsure, what in [([i.file for i in items if i.sha256 == "-"], "verified by their size alone, no checksum is "
+                          "known"), ([i.file for i in items if i.revision == "main"], "from the branch main, no "
+                                     "commit is known")]:
+        if unsure:
+            note(f"{what}: {', '.join(unsure)}")
+    for step in fetching.next_steps(items, args.to):
+        note(f"next: {step}")
 
 
 def convert(args: Namespace) -> None:
