@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import huggingface_hub.file_download
 import pytest
 from conftest import DEMO, ROOT
+from keyfiles import cast, listing, write_sparse
 
 from isadca import fetch
 from isadca.cli import main
@@ -244,6 +245,26 @@ def test_the_list_is_well_formed():
     vocabulary = {item.file: item.sha256 for item in PINNED if item.file.startswith("tokenizer/")}
     for name, digest in vocabulary.items():  # the same as in the repository
         assert hashlib.sha256((DEMO.parent / name).read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("file, keys, dtype", [
+    ("unet/diffusion_pytorch_model.fp16.safetensors", "sd15_diffusers_unet", "F16"),
+    ("vae/diffusion_pytorch_model.fp16.safetensors", "sd15_diffusers_vae_new_names", "F16"),
+    ("text_encoder/model.fp16.safetensors", "sd15_diffusers_text_encoder", "F16"),
+    ("v1-5-pruned-emaonly.safetensors", "sd15_single_file_ldm_emaonly", "F32"),
+    ("models/ip-adapter_sd15.safetensors", "ip-adapter_sd15", "F16"),
+    ("models/ip-adapter_sd15_light.safetensors", "ip-adapter_sd15", "F16"),
+    ("models/ip-adapter_sd15_vit-G.safetensors", "ip-adapter_sd15_vit-G", "F16"),
+    ("models/ip-adapter-plus_sd15.safetensors", "ip-adapter-plus_sd15", "F16"),
+    ("models/ip-adapter-plus-face_sd15.safetensors", "ip-adapter-plus_sd15", "F16"),
+    ("models/ip-adapter-full-face_sd15.safetensors", "ip-adapter-full-face_sd15", "F16"),
+    ("models/image_encoder/model.safetensors", "image_encoder_vit_h", "F32"),
+    ("sdxl_models/image_encoder/model.safetensors", "image_encoder_vit_bigG", "F16")])
+def test_a_size_is_that_of_the_published_keys(tmp_path, file, keys, dtype):
+    """To the few bytes by which headers differ: "format", padding, the order of the tensors."""
+    size = {item.size for item in PINNED if item.file == file}
+    path = write_sparse(tmp_path / "file.safetensors", cast(listing(keys), dtype))
+    assert len(size) == 1 and abs(size.pop() - path.stat().st_size) < 64
 
 
 def test_every_adapter_comes_with_its_encoder():
