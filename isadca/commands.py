@@ -100,17 +100,16 @@ def methods(args: Namespace) -> None:
 def fetch(args: Namespace) -> None:
     items = fetching.wanted(args.names)
     absent = fetching.missing(items, args.to)
-    note(f"{len(items) - len(absent)} of {len(items)} files are there, verified; "
+    note(f"{len(items) - len(absent)} of {len(items)} files are there and verified; "
          f"to download: {sum(item.size for item in absent) / 1e9:.2f} GB")
     for item in items:
         if item in absent:
             fetching.fetch(item, args.to)
         print(item.target(args.to))
-    for unsure, what in [([i.file for i in items if i.sha256 == "-"], "verified by their size alone, no checksum is "
-                          "known"), ([i.file for i in items if i.revision == "main"], "from the branch main, no "
-                                     "commit is known")]:
-        if unsure:
-            note(f"{what}: {', '.join(unsure)}")
+    for what, files in [("verified by size alone, no checksum is known", [i.file for i in items if i.sha256 == "-"]),
+                        ("from the branch main, no commit is known", [i.file for i in items if i.revision == "main"])]:
+        if files:
+            note(f"{what}: {', '.join(files)}")
     for step in fetching.next_steps(items, args.to):
         note(f"next: {step}")
 

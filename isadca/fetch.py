@@ -59,12 +59,12 @@ def missing(items: list[Pinned], to: Path) -> list[Pinned]:
         if item.target(to).exists() and (why := _differs(item, item.target(to))):
             raise Problem(f"{item.target(to)}: is not the published file ({why}); move it away and fetch again")
     absent = [item for item in items if not item.target(to).exists()]
-    bytes_to_come = sum(item.size for item in absent) - sum(_part(item, to).stat().st_size for item in absent
-                                                            if _part(item, to).exists())
+    resumed = sum(_part(item, to).stat().st_size for item in absent if _part(item, to).exists())
+    to_come = sum(item.size for item in absent) - resumed
     here = next(folder for folder in (to.absolute(), *to.absolute().parents) if folder.exists())
     free = shutil.disk_usage(here).free
-    if bytes_to_come > free:
-        raise Problem(f"{to}: {bytes_to_come / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free; choose another --to")
+    if to_come > free:
+        raise Problem(f"{to}: {to_come / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free; choose another --to")
     return absent
 
 

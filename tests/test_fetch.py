@@ -118,12 +118,12 @@ def test_files_arrive_whole_and_are_not_fetched_twice(hub, run, tmp_path):
     code, out, err = run()
     assert code == 0 and out == [str(tmp_path / "w/sd15/unet" / name) for name in ("config.json", "model.safetensors")]
     assert (tmp_path / "w/sd15/unet/model.safetensors").read_bytes() == WEIGHTS
-    assert "0 of 2 files are there" in err and "by their size alone, no checksum is known: unet/config.json" in err
+    assert "0 of 2 files are there" in err and "verified by size alone, no checksum is known: unet/config.json\n" in err
     assert f"next: isadca vary PICTURE PROMPT -o out.png --weights {tmp_path}/w/sd15\n" in err
     assert files(tmp_path / "w") == {"sd15/unet/config.json": len(CONFIG), "sd15/unet/model.safetensors": len(WEIGHTS)}
     served = len(hub.served)
     code, again, err = run()
-    assert (code, again, len(hub.served)) == (0, out, served) and "2 of 2 files are there, verified" in err
+    assert (code, again, len(hub.served)) == (0, out, served) and "2 of 2 files are there and verified" in err
 
 
 def test_a_broken_download_goes_on_where_it_stopped(hub, run, tmp_path):
