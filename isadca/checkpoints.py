@@ -121,7 +121,7 @@ STRANGERS = [
 UNKNOWN = [  # the same, for files in which no part was recognised
     (r"^control_model\.", "a ControlNet", "give the base model with --weights"),
     (r"^adapter_modules\.|^image_proj_model\.", "an IP-Adapter training checkpoint",
-     "convert it to the published layout (image_proj.*, ip_adapter.*)"),
+     "convert it to the published layout: isadca convert FILE -o NAME.safetensors"),
 ]
 
 
@@ -158,7 +158,8 @@ def _not_safetensors(path: Path) -> str:
     with open(path, "rb") as file:
         start = file.read(4)
     if start[:2] in (b"PK", b"\x80\x02"):
-        return "is a pickle, which can run code when it is opened; get the .safetensors version"
+        return ("is a pickle, which can run code when it is opened; get the .safetensors version, or make it: "
+                f"isadca convert {path} -o NAME.safetensors")
     if start == b"GGUF":
         return "is a GGUF file; get the .safetensors version"
     if start == b"vers":

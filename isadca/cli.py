@@ -1,4 +1,4 @@
-"""The command line: `isadca vary`, `sweep`, `reconstruct`, `invert`, `evaluate`, `inspect`, `methods`.
+"""The command line: what `isadca --help` lists, and how each command is called.
 
 Paths of what was written go to standard output, everything else to standard error. Exit codes: 0, 2 for a problem
 that the user can mend (one line says which), 130 when interrupted. Heavy imports wait until a command runs.
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from .config import Problem
+from .fetch import names as fetchable
 from .methods import INITS, PRESETS
 
 
@@ -50,6 +51,7 @@ def parser(recipe: dict | None = None) -> Parser:
                  "isadca inspect weights/demo")
     p.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     _command(commands, "methods", "the presets of --method, field by field", "isadca methods")
+    _files(commands)
     return top
 
 
@@ -83,6 +85,19 @@ def _evaluate(commands) -> None:
     p.add_argument("--seeds", default="0", help="comma-separated (%(default)s)")
     p.add_argument("--steps", type=int, default=50, help="DDIM steps (%(default)s)")
     _weights(p)
+
+
+def _files(commands) -> None:
+    p = _command(commands, "fetch", "download the published weights, verify them, and say how to use them",
+                 "isadca fetch sd15 ip-adapter --to weights")
+    p.formatter_class = argparse.RawDescriptionHelpFormatter  # the names, unbroken
+    p.epilog += "\n\nNAME:\n" + "\n".join(f"  {name:22}{size / 1e9:5.2f} GB" for name, size in fetchable().items())
+    p.add_argument("names", nargs="+", metavar="NAME", help="all, or some of those below")
+    p.add_argument("--to", type=Path, default="weights", metavar="FOLDER", help="(%(default)s)")
+    p = _command(commands, "convert", "a PyTorch pickle (.bin, .pth, .ckpt) to safetensors; for files you trust",
+                 "isadca convert ip-adapter_sd15.bin -o ip-adapter_sd15.safetensors")
+    p.add_argument("source", type=Path, metavar="FILE", help="also an IP-Adapter's training checkpoint")
+    _out(p, "FILE.safetensors")
 
 
 def _command(commands, name: str, summary: str, example: str) -> Parser:

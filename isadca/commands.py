@@ -11,7 +11,9 @@ from textwrap import fill
 import torch
 from tqdm import tqdm
 
+from . import fetch as fetching
 from .config import Problem
+from .convert import convert as convert_file
 from .images import contact_sheet, load_image, psnr, save_png
 from .loading import default_weights, load, parts_of, pick_file
 from .methods import PRESETS, Method, method_named, parse_lam
@@ -126,6 +128,31 @@ def methods(args: Namespace) -> None:
         print(f"{method.name}: {method.source}")
         values = [f"{f.name}={getattr(method, f.name)}" for f in fields(method) if f.name not in ("name", "source")]
         print(fill(", ".join(values), 100, initial_indent="    ", subsequent_indent="    "))
+
+
+def fetch(args: Namespace) -> None:
+    items = fetching.wanted(args.names)
+    absent = fetching.missing(items, args.to)
+    note(f"{len(items) - len(absent)} of {len(items)} files are there and verified; "
+         f"to download: {sum(item.size for item in absent) / 1e9:.2f} GB")
+    for item in items:
+        if item in absent:
+            fetching.fetch(item, args.to)
+        print(item.target(args.to))
+    for what, files in [("verified by size alone, no checksum is known", [i.file for i in items if i.sha256 == "-"]),
+                        ("from the branch main, no commit is known", [i.file for i in items if i.revision == "main"])]:
+        if files:
+            note(f"{what}: {', '.join(files)}")
+    for step in fetching.next_steps(items, args.to):
+        note(f"next: {step}")
+
+
+def convert(args: Namespace) -> None:
+    left_out = convert_file(args.source, _writable(args.out, ".safetensors"))
+    if left_out:
+        note(f"{len(left_out)} left out, no tensors or not the adapter's: {', '.join(left_out[:3])}"
+             + (", ..." if len(left_out) > 3 else ""))
+    print(args.out)
 
 
 class Session:

@@ -99,9 +99,10 @@ def pick_file(folder: Path, dtype: torch.dtype) -> Path:
     """model.safetensors or model.fp16.safetensors, whichever is nearer to the wanted precision."""
     files = [p for p in sorted(folder.glob("*.safetensors")) if "non_ema" not in p.name]
     if not files:
-        pickles = [p.name for pattern in ("*.bin", "*.ckpt", "*.pth") for p in folder.glob(pattern)]
-        raise Problem(f"{folder}: no .safetensors file" + (f", only {pickles[0]}, a pickle, which can run code when "
-                      "it is opened" if pickles else "") + "; get the .safetensors version")
+        pickles = [p for pattern in ("*.bin", "*.ckpt", "*.pth") for p in folder.glob(pattern)]
+        raise Problem(f"{folder}: no .safetensors file" + (f", only {pickles[0].name}, a pickle, which can run code "
+                      f"when it is opened; get the .safetensors version, or make it: isadca convert {pickles[0]} -o "
+                      f"{pickles[0].with_suffix('.safetensors')}" if pickles else "; get the .safetensors version"))
     half = dtype in (torch.float16, torch.bfloat16)
     return min(files, key=lambda p: ((".fp16." in p.name) != half, len(p.name)))
 
