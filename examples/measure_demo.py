@@ -1,6 +1,6 @@
 """What the demo checkpoint can do, and what the method does with it: the tables of weights/demo/measured.md.
 
-    python examples/measure_demo.py [FOLDER] [-o measured.md] [--art FOLDER] [--steps 25] [--quick]
+    python examples/measure_demo.py [FOLDER] [-o measured.md] [--art FOLDER] [--steps 25] [--references 20]
 
 All scenes are held out: their combination of noun, artist, colour and pattern was in no training. Pictures are judged
 by the judge of demo_judge.py, which shares nothing with the networks that it judges; CLIP similarities are the demo
@@ -206,16 +206,16 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, help="write the tables there, and a sheet of pictures beside them")
     parser.add_argument("--art", type=Path, default=Path("art"), help="where the art is kept")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
+    parser.add_argument("--references", type=int, default=20, help="five pairs each (%(default)s)")
     args = parser.parse_args()
     world.fetch_art(args.art)  # before the processes start
     began, cores = time.monotonic(), os.cpu_count()
     with ProcessPoolExecutor(cores, get_context("spawn"), start, (args.folder, args.art, args.steps)) as pool:
-        networks = networks_table(pool, range(100, 101 if args.quick else 102))
-        method, sheet = method_table(pool, range(200, 202 if args.quick else 220))
-    text = (f"{networks}\n\n{method}\n\n*{args.steps} steps; python examples/measure_demo.py; {cores} cores "
-            f"({platform.machine()}), torch {torch.__version__}, {datetime.date.today()}, "
-            f"{(time.monotonic() - began) / 60:.0f} minutes.*\n")
+        networks = networks_table(pool, range(100, 102))
+        method, sheet = method_table(pool, range(200, 200 + args.references))
+    text = (f"{networks}\n\n{method}\n\n*{args.steps} steps; `python examples/measure_demo.py --references "
+            f"{args.references}`; {cores} cores ({platform.machine()}), torch {torch.__version__}, "
+            f"{datetime.date.today()}, {(time.monotonic() - began) / 60:.0f} minutes.*\n")
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
