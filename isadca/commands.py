@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from math import prod
@@ -12,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from .config import Problem
-from .images import contact_sheet, load_image, psnr, save_png
+from .explore import look_inside, method_at, page
+from .images import atomic_write, contact_sheet, load_image, psnr, save_png
 from .loading import load, parts_of
 from .methods import PRESETS, Method, method_named, parse_lam
 from .recipe import check_same, fingerprint, hash_files, make_recipe
@@ -62,6 +64,17 @@ def sweep(args: Namespace) -> None:
     print(out)
 
 
+def explore(args: Namespace) -> None:
+    out = _writable(args.out, ".html")
+    method = method_at(args.lam)
+    session = Session(args, steps=20)
+    session.tell_missing([method])
+    data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.progress)
+    with atomic_write(out) as temporary:
+        Path(temporary).write_text(page(data), encoding="utf-8")
+    print(out)
+
+
 def reconstruct(args: Namespace) -> None:
     out = _writable(args.out, ".png")
     session = Session(args)
@@ -98,7 +111,7 @@ def methods(args: Namespace) -> None:
 class Session:
     """A loaded model and an inverted reference, as the flags ask for them."""
 
-    def __init__(self, args: Namespace):
+    def __init__(self, args: Namespace, steps: int = 50):
         self.args = args
         self.reference_path = Path(args.ref)
         saved = self.reference_path.suffix == ".safetensors"
@@ -110,7 +123,7 @@ class Session:
         if saved:
             self.ref = self._saved()
         else:
-            self.ref = run_inversion(self.model, picture, 50 if args.steps is None else args.steps,
+            self.ref = run_inversion(self.model, picture, steps if args.steps is None else args.steps,
                                      self.prompt(args.ref_prompt), args.size, progress=self.progress)
 
     def _saved(self) -> Reference:
@@ -121,9 +134,12 @@ class Session:
                               "out or invert the picture again")
         return ref
 
-    def sample(self, runs: list[Run]) -> list[torch.Tensor]:
-        if self.model.ip_adapter is None and any(run.method.wants_image for run in runs):
+    def tell_missing(self, methods: Iterable[Method]) -> None:
+        if self.model.ip_adapter is None and any(method.wants_image for method in methods):
             note("no IP-Adapter: the DCA branch sees the text alone")
+
+    def sample(self, runs: list[Run]) -> list[torch.Tensor]:
+        self.tell_missing(run.method for run in runs)
         return sample(self.model, self.ref, runs, progress=self.progress, at_once=self.args.replay_at_once,
                       rows_at_once=self.args.rows_at_once)
 

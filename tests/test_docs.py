@@ -27,7 +27,7 @@ NUMBERS = re.compile(r"\bEqs?\.\s+(\d+(?:(?:\s*[-–,]\s*|\s+and\s+)\d+)*)")
 # a module imports from the rungs before its own only
 LADDER = [["config"], ["attention", "ddim", "methods"], ["layers"],
           ["checkpoints", "clip", "images", "ip_adapter", "tokenizer", "unet", "vae"], ["metrics", "model", "recipe"],
-          ["loading"], ["reference"], ["variation"], ["commands"], ["cli"], ["__main__"],
+          ["loading"], ["reference"], ["variation"], ["explore"], ["commands"], ["cli"], ["__main__"],
           ["baselines.controlnet", "baselines.image_variations", "baselines.prior"],
           ["baselines.loading"]]
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "tqdm"}
