@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.10",
     packages=["isadca", "isadca.baselines", "isadca._weights"],
     package_dir={"isadca": "isadca", "isadca._weights": "weights"},
-    package_data={"isadca": ["fetch.tsv"], "isadca._weights": weights},
+    package_data={"isadca": ["explore.html", "fetch.tsv"], "isadca._weights": weights},
     install_requires=["torch>=2.10,<2.14", "safetensors>=0.4.3", "tokenizers>=0.20", "pillow>=11", "numpy>=1.26",
                       "tqdm>=4.60", "huggingface_hub>=0.30"],
     extras_require={"test": ["pytest>=8", "hypothesis>=6", "diffusers>=0.40", "transformers>=5",

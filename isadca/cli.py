@@ -34,6 +34,8 @@ def parser(recipe: dict | None = None) -> Parser:
     p.add_argument("--lam", default="0,0.25,0.5,0.7,1", help="comma-separated (%(default)s)")
     _generation(p)
 
+    _explore(commands)
+
     p = _command(commands, "reconstruct", "invert and go back without control; reports the PSNR",
                  "isadca reconstruct examples/cat.png -o back.png")
     p.add_argument("ref", metavar="REF")
@@ -100,6 +102,16 @@ def _files(commands) -> None:
     _out(p, "FILE.safetensors")
 
 
+def _explore(commands) -> None:
+    p = _command(commands, "explore", "one run from inside, as a page to look at in a browser",
+                 'isadca explore examples/rocket.png "a lemon" -o lemon.html')
+    p.add_argument("ref", metavar="REF")
+    p.add_argument("prompt", metavar="PROMPT")
+    _out(p, "PAGE.html")
+    p.add_argument("--lam", type=float, default=0.7, help="λ of the run that is taken apart (%(default)s)")
+    _inversion(p, steps=20)
+
+
 def _command(commands, name: str, summary: str, example: str) -> Parser:
     return commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
                                epilog=f"example: {example}")
@@ -109,9 +121,9 @@ def _out(p: Parser, metavar: str) -> None:
     p.add_argument("-o", "--out", type=Path, required=True, metavar=metavar)
 
 
-def _inversion(p: Parser) -> None:
+def _inversion(p: Parser, steps: int = 50) -> None:
     """What loading and inverting need."""
-    p.add_argument("--steps", type=int, help="DDIM steps (50)")
+    p.add_argument("--steps", type=int, help=f"DDIM steps ({steps})")
     p.add_argument("--ref-prompt", default="", help='what the reference shows, for its inversion ("")')
     p.add_argument("--size", type=int, help="side in pixels (what the model was trained on)")
     _weights(p)

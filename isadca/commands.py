@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from math import prod
@@ -14,7 +15,8 @@ from tqdm import tqdm
 from . import fetch as fetching
 from .config import Problem
 from .convert import convert as convert_file
-from .images import contact_sheet, load_image, psnr, save_png
+from .explore import look_inside, method_at, page
+from .images import atomic_write, contact_sheet, load_image, psnr, save_png
 from .loading import default_weights, load, parts_of, pick_file
 from .methods import PRESETS, Method, method_named, parse_lam
 from .recipe import check_same, fingerprint, hash_files, make_recipe
@@ -61,6 +63,17 @@ def sweep(args: Namespace) -> None:
     labels = [prompt + (f", seed {seed}" if len(seeds) > 1 else "") for prompt in args.prompts for seed in seeds]
     columns = ["reference", "reconstruction", *(f"lambda {text}" for text in args.lam.split(","))]
     save_png(contact_sheet(rows, columns, labels), out, session.recipe())
+    print(out)
+
+
+def explore(args: Namespace) -> None:
+    out = _writable(args.out, ".html")
+    method = method_at(args.lam)
+    session = Session(args, steps=20)
+    session.tell_missing([method])
+    data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.progress)
+    with atomic_write(out) as temporary:
+        Path(temporary).write_text(page(data), encoding="utf-8")
     print(out)
 
 
@@ -158,7 +171,7 @@ def convert(args: Namespace) -> None:
 class Session:
     """A loaded model and an inverted reference, as the flags ask for them."""
 
-    def __init__(self, args: Namespace):
+    def __init__(self, args: Namespace, steps: int = 50):
         self.args = args
         self.reference_path = Path(args.ref)
         saved = self.reference_path.suffix == ".safetensors"
@@ -175,7 +188,7 @@ class Session:
         if saved:
             self.ref = self._saved()
         else:
-            self.ref = run_inversion(self.model, picture, 50 if args.steps is None else args.steps,
+            self.ref = run_inversion(self.model, picture, steps if args.steps is None else args.steps,
                                      self.prompt(args.ref_prompt), args.size, progress=self.progress)
 
     def _saved(self) -> Reference:
@@ -191,9 +204,12 @@ class Session:
         from .baselines.prior import embed_prompt
         return embed_prompt(*self.prior, self.prompt(self.args.prompt), seed=self.args.seed) if self.prior else None
 
-    def sample(self, runs: list[Run], image_embeds: torch.Tensor | None = None) -> list[torch.Tensor]:
-        if self.model.ip_adapter is None and any(run.method.wants_image for run in runs):
+    def tell_missing(self, methods: Iterable[Method]) -> None:
+        if self.model.ip_adapter is None and any(method.wants_image for method in methods):
             note("no IP-Adapter: the DCA branch sees the text alone")
+
+    def sample(self, runs: list[Run], image_embeds: torch.Tensor | None = None) -> list[torch.Tensor]:
+        self.tell_missing(run.method for run in runs)
         return sample(self.model, self.ref, runs, progress=self.progress, at_once=self.args.replay_at_once,
                       rows_at_once=self.args.rows_at_once, image_embeds=image_embeds)
 

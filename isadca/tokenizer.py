@@ -58,6 +58,14 @@ class Tokenizer:
         """The tokens of `text` as strings, in the order of the context's rows 1, 2, ... (row 0 is the start)."""
         return self._encode(text).tokens[: self.max_tokens - 2]
 
+    def words(self, text: str) -> list[tuple[str, list[int]]]:
+        """The words of `text`, each with the context's rows that hold its tokens."""
+        encoded, rows = self._encode(text), {}
+        for i, word in enumerate(encoded.word_ids[: self.max_tokens - 2]):
+            rows.setdefault(word, []).append(i)
+        span = lambda at: text[encoded.offsets[at[0]][0]: encoded.offsets[at[-1]][1]]
+        return [(span(at), [i + 1 for i in at]) for at in rows.values()]
+
     def _encode(self, text: str) -> Encoding:
         try:
             return self._bpe.encode(text, add_special_tokens=False)

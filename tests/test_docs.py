@@ -30,7 +30,7 @@ LADDER = [["config"], ["attention", "ddim", "methods"], ["layers"],
           ["convert", "fetch", "metrics", "model"],
           ["loading"], ["reference"], ["variation"],
           ["baselines.controlnet", "baselines.image_variations", "baselines.prior"], ["baselines.loading"],
-          ["baselines.systems", "scores"], ["evaluate"], ["report"], ["commands"], ["cli"], ["__main__"]]
+          ["baselines.systems", "scores"], ["evaluate", "explore"], ["report"], ["commands"], ["cli"], ["__main__"]]
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "tqdm", "huggingface_hub"}
 DISTRIBUTIONS = {"PIL": "pillow"}  # where it is not the module's name
 

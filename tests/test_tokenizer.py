@@ -202,6 +202,19 @@ def test_pieces_align_with_ids(name):
         assert set(ids[1 + len(pieces):]) == {ours(name).end_id} and len(pieces) <= TOKENS[name] - 2
 
 
+@pytest.mark.parametrize("name", FOLDERS)
+def test_words_hold_every_row_once_and_in_order(name):
+    for text in awkward():
+        rows = [row for _, rows in ours(name).words(text) for row in rows]
+        assert rows == list(range(1, 1 + len(ours(name).pieces(text)))), repr(text)
+
+
+def test_words_are_the_texts_own():
+    words = ours("demo").words("Ein  Löwe, it's 🦁")
+    assert [word for word, _ in words] == ["Ein", "Löwe", ",", "it", "'s", "🦁"]
+    assert [ours("demo").pieces("Ein  Löwe, it's 🦁")[row - 1] for row in words[4][1]] == ["'", "s</w>"]
+
+
 def test_rows_do_not_depend_on_each_other():
     texts = awkward()[:40]
     assert ours("clip")(texts).tolist() == [ours("clip")([t])[0].tolist() for t in texts]
