@@ -72,6 +72,7 @@ VAE_RULES = [
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 ]
 TEXT_RULES = [(r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1.")]  # files that lack the prefix
+FLOATS = ("F16", "BF16", "F32", "F64")
 IGNORED = r"position_ids$|^loss\.|^model_ema\."  # rebuilt, or training's
 
 CLIP_HALVES = {"vision": r"^(vision_model|visual_projection)\.",  # a file may hold both halves of a CLIP
@@ -224,6 +225,10 @@ def _fit(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device) -> 
 
 def explain_mismatch(expected: dict[str, tuple[int, ...]], part: Part) -> None:
     """Raise ONE Problem that lists missing, unexpected and misshapen tensors and guesses the cause."""
+    for key, dtype in part.dtypes.items():
+        if dtype not in FLOATS:  # fp8, int8: their scales are elsewhere, or lost
+            raise Problem(f"{part.path}: {_with_origin(key, part)} is {dtype}, expected {', '.join(FLOATS)}; get the "
+                          "fp16 version")
     missing = sorted(expected.keys() - part.shapes.keys())
     unexpected = sorted(part.shapes.keys() - expected.keys())
     misshapen = sorted(key for key in expected.keys() & part.shapes.keys()

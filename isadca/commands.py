@@ -1,5 +1,6 @@
 """What the command line's commands do. Each writes its file whole and prints the path."""
 
+import os
 import sys
 from argparse import Namespace
 from dataclasses import fields, replace
@@ -20,14 +21,18 @@ from .reference import Reference, load_reference, reconstruct as run_back, save_
 from .reference import invert as run_inversion
 from .variation import Run, decode, sample
 
+FITTED = {"crop": "its centre is used (or: --fit squash, --fit pad)", "squash": "it is distorted to a square",
+          "pad": "it gets white borders"}
 DIVERSITY_OF_MANY = 0.3  # where every seed would give the same picture
 
 
 def vary(args: Namespace) -> None:
     if args.ref is None or args.prompt is None:
         raise Problem('vary needs REF and PROMPT, or --recipe; see isadca vary --help')
-    out = _writable(args.out, ".png")
-    sheet = _writable(Path(args.grid), ".png") if args.grid else None
+    out = _writable(args.out, ".png", args.ref)
+    sheet = _writable(Path(args.grid), ".png", args.ref) if args.grid else None
+    if sheet == out:
+        raise Problem(f"--grid and -o are both {out}; choose another --grid")
     seeds = _seeds(args)
     method = _many(args, _method(args, parse_lam(str(args.lam)) if args.lam is not None else None))
     session = Session(args)
@@ -45,7 +50,7 @@ def vary(args: Namespace) -> None:
 
 def sweep(args: Namespace) -> None:
     """All λ, prompts and seeds as runs side by side: the reference is inverted once and replayed once."""
-    out = _writable(args.out, ".png")
+    out = _writable(args.out, ".png", args.ref)
     lams = [parse_lam(text) for text in args.lam.split(",")]
     seeds = _seeds(args)
     method = _many(args, _method(args))
@@ -63,7 +68,7 @@ def sweep(args: Namespace) -> None:
 
 
 def reconstruct(args: Namespace) -> None:
-    out = _writable(args.out, ".png")
+    out = _writable(args.out, ".png", args.ref)
     session = Session(args)
     picture = run_back(session.model, session.ref, progress=session.progress)
     save_png(picture, out, session.recipe())
@@ -102,7 +107,9 @@ class Session:
         self.args = args
         self.reference_path = Path(args.ref)
         saved = self.reference_path.suffix == ".safetensors"
-        picture = None if saved else load_image(self.reference_path)  # fail before the slow part
+        picture = None if saved else load_image(self.reference_path, note)  # fail before the slow part
+        if picture and picture.width != picture.height:
+            note(f"{args.ref} is {picture.width}×{picture.height}; {FITTED[args.fit or 'crop']}")
         self.model = load(args.weights, args.ip_adapter, args.image_encoder, args.vae, args.device, args.dtype)
         self.hashes = hash_files(self.model.files)
         if getattr(args, "recipe_source", None):
@@ -111,11 +118,14 @@ class Session:
             self.ref = self._saved()
         else:
             self.ref = run_inversion(self.model, picture, 50 if args.steps is None else args.steps,
-                                     self.prompt(args.ref_prompt), args.size, progress=self.progress)
+                                     self.prompt(args.ref_prompt), args.size, progress=self.progress,
+                                     fit_by=args.fit or "crop")
 
     def _saved(self) -> Reference:
         ref = load_reference(self.reference_path, fingerprint(self.hashes.result()), self.model.device)
-        for flag, asked, has in [("--steps", self.args.steps, ref.steps), ("--size", self.args.size, ref.image.width)]:
+        for flag, asked, has in [("--steps", self.args.steps, ref.steps), ("--size", self.args.size, ref.image.width),
+                                 ("--ref-prompt", self.args.ref_prompt or None, ref.prompt),
+                                 ("--fit", self.args.fit, "its own")]:
             if asked not in (None, has):
                 raise Problem(f"{flag} is {asked}, but {self.reference_path} was inverted with {has}; leave the flag "
                               "out or invert the picture again")
@@ -185,7 +195,7 @@ def _function(where: str):
     return getattr(module, name)
 
 
-def _writable(path: Path, suffix: str) -> Path:
+def _writable(path: Path, suffix: str, ref: str | None = None) -> Path:
     """`path`, if a file can be written there: found out before the work, not after."""
     if path.suffix.lower() != suffix:
         raise Problem(f"{path}: expected a name that ends in {suffix}")
@@ -193,6 +203,10 @@ def _writable(path: Path, suffix: str) -> Path:
         raise Problem(f"{path}: is a folder, expected a file name")
     if not path.parent.is_dir():
         raise Problem(f"{path}: the folder {path.parent} does not exist; make it first")
+    if ref and path.resolve() == Path(ref).resolve():
+        raise Problem(f"{path}: is the reference itself; choose another -o")
+    if not os.access(path.parent, os.W_OK):
+        raise Problem(f"{path}: the folder {path.parent} is not writable; choose another -o")
     return path
 
 

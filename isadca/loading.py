@@ -191,7 +191,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()  # "meta" would be accepted otherwise
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise Problem(f"device {name!r} is not available here; try --device cpu") from None

@@ -42,15 +42,21 @@ def make_recipe(args: dict, reference: Path, hashes: dict[str, str], device: str
             "versions": {"isadca": __version__, "torch": torch.__version__, "python": platform.python_version()}}
 
 
-def recipe_args(recipe: dict, command: str, source: Path) -> dict:
-    """The arguments of a recipe; a reference that is not where it was is looked for beside the picture."""
+def recipe_flags(recipe: dict, command: str, source: Path) -> tuple[dict[str, str], list[str]]:
+    """What a recipe says of REF and PROMPT, and its flags as one types them, so that they are checked as those are.
+
+    A reference that is not where it was is looked for beside the picture.
+    """
     args = recipe.get("args")
-    if recipe.get("command") != command or not isinstance(args, dict) or not isinstance(args.get("ref"), str):
+    words = {key: args.get(key) for key in ("ref", "prompt")} if isinstance(args, dict) else {}
+    if recipe.get("command") != command or not words or not all(isinstance(word, str) for word in words.values()):
         raise Problem(f"{source}: was made by isadca {recipe.get('command')}, expected isadca {command}")
-    beside = source.parent / Path(args["ref"]).name
-    if not Path(args["ref"]).exists() and beside.exists():
-        args = args | {"ref": str(beside)}
-    return args
+    beside = source.parent / Path(words["ref"]).name
+    if not Path(words["ref"]).exists() and beside.exists():
+        words["ref"] = str(beside)
+    flags = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in args.items()}
+    return words, [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()
+                   if value is not None and key not in NOT_KEPT | words.keys()]
 
 
 def check_same(recipe: dict, source: Path, reference: Path, hashes: dict[str, str]) -> None:
