@@ -138,8 +138,8 @@ def build(part: Part) -> nn.Module:
         if part.kind == "text":
             return CLIPText(read_config(CLIPTextConfig, config))
         if part.kind == "vision":
-            width = part.shapes.get("vision_model.pre_layrnorm.weight", (0,))[0]
-            known = KNOWN_ENCODERS.get(width, CLIPVisionConfig())
+            widths = part.shapes.get("vision_model.pre_layrnorm.weight", ())
+            known = KNOWN_ENCODERS.get(max(widths, default=0), CLIPVisionConfig())
             return CLIPVision(read_config(CLIPVisionConfig, config) if config.is_file() else known)
         try:
             return IPAdapter(part.shapes)

@@ -47,10 +47,12 @@ def recipe_flags(recipe: dict, command: str, source: Path) -> tuple[dict[str, st
 
     A reference that is not where it was is looked for beside the picture.
     """
-    args = recipe.get("args")
-    words = {key: args.get(key) for key in ("ref", "prompt")} if isinstance(args, dict) else {}
-    if recipe.get("command") != command or not words or not all(isinstance(word, str) for word in words.values()):
+    if recipe.get("command") != command:
         raise Problem(f"{source}: was made by isadca {recipe.get('command')}, expected isadca {command}")
+    args = recipe.get("args")
+    words = {key: args.get(key) for key in ("ref", "prompt")} if isinstance(args, dict) else {"args": None}
+    if not all(isinstance(word, str) for word in words.values()) or not isinstance(recipe.get("weights_sha256"), dict):
+        raise Problem(f"{source}: its recipe is damaged; give REF, PROMPT and the flags yourself")
     beside = source.parent / Path(words["ref"]).name
     if not Path(words["ref"]).exists() and beside.exists():
         words["ref"] = str(beside)
@@ -63,7 +65,7 @@ def check_same(recipe: dict, source: Path, reference: Path, hashes: dict[str, st
     """Raise Problem where the reference or the weights are not those that made the picture."""
     if recipe.get("reference_sha256") != sha256(reference):
         raise Problem(f"{reference}: is not the reference that {source} was made from; give the right one as REF")
-    for part, digest in (recipe.get("weights_sha256") or {}).items():
+    for part, digest in recipe["weights_sha256"].items():
         if hashes.get(part) != digest:
             raise Problem(f"{source}: was made with another {part} (sha256 {str(digest)[:12]}, this one has "
                           f"{str(hashes.get(part))[:12]}); give the right --weights, or the prompt and flags yourself")

@@ -138,6 +138,9 @@ def load_reference(path: str | Path, weights: str, device: torch.device | str = 
     if about.get("weights") != weights:
         raise Problem(f"{path}: was inverted with other weights (sha256 {about.get('weights', '')[:12]}, these are "
                       f"{weights[:12]}); invert the picture again with these")
-    if chain.ndim != 4 or len(chain) < 2 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != torch.uint8:
+    h, side = chain.shape[-1:], pixels.shape[:1]
+    if (chain.shape[1:] != (4, *h, *h) or len(chain) < 2 or pixels.shape != (*side, *side, 3) or 0 in (*h, *side)
+            or side[0] % h[0] or chain.dtype not in (torch.float32, torch.float64) or pixels.dtype != torch.uint8
+            or not chain.isfinite().all()):
         raise Problem(f"{path}: a damaged reference; invert the picture again")
     return Reference(Image.fromarray(pixels.numpy()), chain.to(device), about.get("prompt", ""))
