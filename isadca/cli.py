@@ -1,4 +1,4 @@
-"""The command line: `isadca vary`, `sweep`, `reconstruct`, `invert`, `inspect`, `methods`.
+"""The command line: `isadca vary`, `sweep`, `reconstruct`, `invert`, `inspect`, `check`, `methods`.
 
 Paths of what was written go to standard output, everything else to standard error. Exit codes: 0, 2 for a problem
 that the user can mend (one line says which), 130 when interrupted. Heavy imports wait until a command runs.
@@ -50,6 +50,10 @@ def parser(recipe: dict | None = None) -> Parser:
     p = _command(commands, "inspect", "what a weights file or folder is, and whether it would load",
                  "isadca inspect weights/demo")
     p.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    p = _command(commands, "check", "does this machine compute what it should? A demo picture is made again",
+                 "isadca check --device cuda")
+    _machine(p)
+    p.add_argument("--renew", action="store_true", help="store the picture anew, after the demo was trained again")
     _command(commands, "methods", "the presets of --method, field by field", "isadca methods")
     return top
 
@@ -88,9 +92,13 @@ def _inversion(p: Parser) -> None:
     p.add_argument("--vae", metavar="PATH", help="another autoencoder")
     p.add_argument("--ip-adapter", metavar="FILE", help="IP-Adapter .safetensors, or none (found beside the weights)")
     p.add_argument("--image-encoder", metavar="PATH", help="its CLIP encoder (found beside the weights)")
+    _machine(p)
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
+
+
+def _machine(p: Parser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     p.add_argument("--dtype", default="auto", help="auto, fp32, fp16, bf16 (%(default)s)")
-    p.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
 
 
 def _generation(p: Parser) -> None:

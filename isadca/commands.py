@@ -8,13 +8,15 @@ from importlib.util import module_from_spec, spec_from_file_location
 from math import prod
 from pathlib import Path
 from textwrap import fill
+from time import perf_counter
 
 import torch
+from PIL import ImageChops
 from tqdm import tqdm
 
 from .config import Problem
-from .images import contact_sheet, load_image, psnr, save_png
-from .loading import load, parts_of
+from .images import contact_sheet, load_image, psnr, read_recipe, save_png
+from .loading import default_weights, load, parts_of
 from .methods import PRESETS, Method, method_named, parse_lam
 from .recipe import check_same, fingerprint, hash_files, make_recipe
 from .reference import Reference, load_reference, reconstruct as run_back, save_reference
@@ -23,6 +25,7 @@ from .variation import Run, decode, sample
 
 FITTED = {"crop": "its centre is used (or: --fit squash, --fit pad)", "squash": "it is distorted to a square",
           "pad": "it gets white borders"}
+CLOSE, CLOSE_ELSEWHERE = 1, 16  # grey levels; on CPUs float32 gave 0 (float64 too), float16 1, bfloat16 6
 DIVERSITY_OF_MANY = 0.3  # where every seed would give the same picture
 
 
@@ -91,6 +94,28 @@ def inspect(args: Namespace) -> None:
             dtypes = "/".join(sorted(set(part.dtypes.values())))
             print(f"{part.path}: {part.kind}, layout {part.layout}, {len(part.shapes)} tensors, "
                   f"{count / 1e6:.1f} M parameters, {dtypes}, {part.path.stat().st_size / 1e6:.1f} MB; loads")
+
+
+def check(args: Namespace) -> None:
+    """The demo's cat as a lemon, in few steps, against the stored picture; see CLOSE."""
+    start, folder = perf_counter(), default_weights()
+    stored, cat = folder / "check.png", folder / "references" / "cat.png"
+    model = load(device=args.device, dtype=args.dtype)
+    hashes = hash_files(model.files).result()
+    [picture] = decode(model, sample(model, run_inversion(model, load_image(cat), steps=10), [Run("a lemon")])[0])
+    where = str(model.device), str(model.dtype).removeprefix("torch.")
+    if args.renew:
+        save_png(picture, stored, make_recipe({"command": "check"}, cat, hashes, *where))
+        return print(stored)
+    if read_recipe(stored).get("weights_sha256") != hashes:
+        raise Problem(f"{stored}: was made with other demo weights; install isadca anew, or after training: "
+                      "isadca check --renew")
+    apart = max(high for _, high in ImageChops.difference(picture, load_image(stored)).getextrema())
+    close = CLOSE if where == ("cpu", "float32") else CLOSE_ELSEWHERE
+    found = f"{apart} grey levels from {stored} at most, {close} allowed on {' in '.join(where)}"
+    if apart > close:
+        raise Problem(f"another picture: {found}; try --device cpu --dtype fp32, or another version of torch")
+    print(f"OK: {found}; {perf_counter() - start:.0f} s")
 
 
 def methods(args: Namespace) -> None:
