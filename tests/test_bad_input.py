@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from isadca import commands
 from isadca.cli import main
-from isadca.images import load_image
+from isadca.images import load_image, save_png
 
 CAT = str(ROOT / "examples" / "cat.png")
 
@@ -251,6 +251,36 @@ def test_the_reference_is_not_overwritten(folder, capsys):
     Image.open(CAT).save("a.png")
     refused(capsys, vary(ref="./a.png"), "a.png: is the reference itself; choose another -o")
     assert load_image("a.png") == load_image(CAT)
+
+
+RECIPES = {  # what a forged or old recipe says: what the line says
+    "attend": ("code.py:f", "was made with --attend code.py:f; give the flag again to run that code"),
+    "nonsense": (1, "damaged or of another version: unrecognized arguments: --nonsense=1; see"),
+    "steps": ([1, 2], "damaged or of another version: argument --steps: invalid int value: '1,2'; see"),
+    "prompt": (7, "its recipe is damaged; give REF, PROMPT and the flags yourself"),
+    "init": ("thrice", "--init: invalid choice: 'thrice'"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_that_make_no_sense(folder, capsys, name):
+    value, says = RECIPES[name]
+    args = {"ref": CAT, "prompt": "a lemon", "grid": "stolen.png", "command": "inspect", name: value}
+    save_png(Image.open(CAT), folder / "x.png", {"command": "vary", "args": args, "weights_sha256": {}})
+    refused(capsys, ["vary", "--recipe", folder / "x.png", "-o", "a.png"], str(folder / "x.png"), says)
+
+
+def test_a_recipe_writes_only_what_it_is_asked_to(folder, capsys, monkeypatch):
+    args = {"ref": CAT, "prompt": "a lemon", "grid": "stolen.png", "command": "inspect", "out": "stolen.png"}
+    save_png(Image.open(CAT), folder / "x.png", {"command": "vary", "args": args, "weights_sha256": {}})
+    given = []
+    monkeypatch.setattr(commands, "vary", given.append)
+    assert main(["vary", "--recipe", str(folder / "x.png"), "-o", "a.png"]) == 0
+    assert (given[0].command, str(given[0].out), given[0].grid) == ("vary", "a.png", None)
+
+
+def test_terminal_codes_do_not_reach_the_terminal(folder, capsys):
+    assert "\x1b" not in refused(capsys, vary("--weights", "no\x1b[31m\x07"), "no?[31m?: no such file")
 
 
 def fails(number: int):

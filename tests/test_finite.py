@@ -42,6 +42,21 @@ def test_a_cpu_stops_at_the_first_bad_step(tiny, tiny_ref, monkeypatch, bad):
         assert len(calls) == 3 and f"t = {calls[2]} on" in str(problem.value)
 
 
+def test_on_a_gpu_each_loop_asks_at_its_end(tiny, tiny_ref, monkeypatch):
+    """A CPU that leaves its flags as a GPU does; all steps run before the Problem."""
+    def leave(self, x, t=None):
+        self.flags.append((t, x.isfinite().all()))
+        return x
+    monkeypatch.setattr(Watch, "__call__", leave)
+    monkeypatch.setattr(tiny, "noise", lambda z, *rest: calls.append(z) or z * torch.nan)
+    for run in (lambda: isadca.invert(tiny, GREY, 6), lambda: isadca.reconstruct(tiny, tiny_ref),
+                lambda: isadca.vary(tiny, tiny_ref, "a", isadca.Method(lam=0.0, ip_scale=0.0))):
+        calls = []
+        with pytest.raises(Problem, match="inf or NaN from step t"):
+            run()
+        assert len(calls) == 6
+
+
 @pytest.mark.parametrize("dtype, advice", [(torch.float16, "try --dtype fp32"), (torch.float32, "try another picture")])
 def test_what_to_try_depends_on_the_dtype(dtype, advice):
     """Weights that are finite but too strong: half precision is the likely culprit, if it is used."""
