@@ -175,8 +175,7 @@ def _again(given: argparse.Namespace, argv: list[str] | None) -> argparse.Namesp
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
-    print("isadca: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)  # no terminal codes
+    print("isadca: " + "".join(c if c.isprintable() else "?" for c in message), file=sys.stderr)  # no terminal codes
     return 2
 
 

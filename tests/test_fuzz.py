@@ -136,7 +136,7 @@ def test_recipes(folder, data):
     assert code == 2 - 2 * len(called)
     for made in called:
         assert made.command == "vary" and made.out == Path("mine.png") and made.grid is None
-        assert isinstance(made.n, int) and isinstance(made.prompt, str) and made.attend is None
+        assert isinstance(made.n, int) and isinstance(made.prompt, str) and not made.attend
         assert isinstance(made.recipe_source["weights_sha256"], dict)
 
 
