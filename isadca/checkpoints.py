@@ -74,6 +74,7 @@ VAE_RULES = [
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 ]
 TEXT_RULES = [(r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1.")]  # files that lack the prefix
+FLOATS = ("F16", "BF16", "F32", "F64")
 IGNORED = r"position_ids$|^loss\.|^model_ema\."  # rebuilt, or training's
 
 CLIP_HALVES = {"vision": r"^(vision_model|visual_projection)\.",  # a file may hold both halves of a CLIP
@@ -147,8 +148,9 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
             return {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-    except OSError as error:
-        raise Problem(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, RuntimeError) as error:  # no permission; no memory to map it into
+        reason = getattr(error, "strerror", None) or error
+        raise Problem(f"{path}: cannot be read ({reason}); check the file, or free memory") from None
     except (SafetensorError, ValueError) as error:
         raise Problem(f"{path}: {_not_safetensors(path)} ({error})") from None
 
@@ -244,6 +246,10 @@ def _fit(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device) -> 
 
 def explain_mismatch(expected: dict[str, tuple[int, ...]], part: Part) -> None:
     """Raise ONE Problem that lists missing, unexpected and misshapen tensors and guesses the cause."""
+    for key, dtype in part.dtypes.items():
+        if dtype not in FLOATS:  # fp8, int8: their scales are elsewhere, or lost
+            raise Problem(f"{part.path}: {_with_origin(key, part)} is {dtype}, expected {', '.join(FLOATS)}; get the "
+                          "fp16 version")
     missing = sorted(expected.keys() - part.shapes.keys())
     unexpected = sorted(part.shapes.keys() - expected.keys())
     misshapen = sorted(key for key in expected.keys() & part.shapes.keys()
@@ -271,11 +277,11 @@ def _with_origin(key: str, part: Part) -> str:
 
 def _guess(part: Part) -> str:
     """The usual reasons, told by two shapes."""
-    inputs = part.shapes.get("conv_in.weight", (0, 4))[1]
-    context = part.shapes.get("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
-    if part.kind == "unet" and inputs != 4:
-        return f"Its UNet has {inputs} input channels: an inpainting or editing model; get the plain SD 1.x one."
-    if part.kind == "unet" and context in (1024, 2048):
-        family = "2.x" if context == 1024 else "XL"
-        return f"Its context is {context} wide, SD 1.x has 768: this is an SD {family} model."
+    inputs = part.shapes.get("conv_in.weight", ())[1:2]
+    context = part.shapes.get("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", ())[1:2]
+    if part.kind == "unet" and inputs not in ((), (4,)):
+        return f"Its UNet has {inputs[0]} input channels: an inpainting or editing model; get the plain SD 1.x one."
+    if part.kind == "unet" and context in ((1024,), (2048,)):
+        family = "2.x" if context[0] == 1024 else "XL"
+        return f"Its context is {context[0]} wide, SD 1.x has 768: this is an SD {family} model."
     return "Is it complete, and does the config.json beside it belong to it?"

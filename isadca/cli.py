@@ -5,6 +5,8 @@ that the user can mend (one line says which), 130 when interrupted. Heavy import
 """
 
 import argparse
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -49,10 +51,6 @@ def parser(recipe: dict | None = None) -> Parser:
     _inversion(p)
 
     _evaluate(commands)
-    p = _command(commands, "inspect", "what a weights file or folder is, and whether it would load",
-                 "isadca inspect weights/demo")
-    p.add_argument("paths", nargs="+", type=Path, metavar="PATH")
-    _command(commands, "methods", "the presets of --method, field by field", "isadca methods")
     _files(commands)
     return top
 
@@ -90,6 +88,14 @@ def _evaluate(commands) -> None:
 
 
 def _files(commands) -> None:
+    p = _command(commands, "inspect", "what a weights file or folder is, and whether it would load",
+                 "isadca inspect weights/demo")
+    p.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    p = _command(commands, "check", "does this machine compute what it should? A demo picture is made again",
+                 "isadca check --device cuda")
+    _machine(p)
+    p.add_argument("--renew", action="store_true", help="store the picture anew, after the demo was trained again")
+    _command(commands, "methods", "the presets of --method, field by field", "isadca methods")
     p = _command(commands, "fetch", "download the published weights, verify them, and say how to use them",
                  "isadca fetch sd15 ip-adapter --to weights")
     p.formatter_class = argparse.RawDescriptionHelpFormatter  # the names, unbroken
@@ -125,6 +131,8 @@ def _inversion(p: Parser, steps: int = 50) -> None:
     """What loading and inverting need."""
     p.add_argument("--steps", type=int, help=f"DDIM steps ({steps})")
     p.add_argument("--ref-prompt", default="", help='what the reference shows, for its inversion ("")')
+    p.add_argument("--fit", choices=("crop", "squash", "pad"),
+                   help="what is not square: its centre, distorted, or with white borders (crop)")
     p.add_argument("--size", type=int, help="side in pixels (what the model was trained on)")
     _weights(p)
 
@@ -134,9 +142,13 @@ def _weights(p: Parser) -> None:
     p.add_argument("--vae", metavar="PATH", help="another autoencoder")
     p.add_argument("--ip-adapter", metavar="FILE", help="IP-Adapter .safetensors, or none (found beside the weights)")
     p.add_argument("--image-encoder", metavar="PATH", help="its CLIP encoder (found beside the weights)")
+    _machine(p)
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
+
+
+def _machine(p: Parser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     p.add_argument("--dtype", default="auto", help="auto, fp32, fp16, bf16 (%(default)s)")
-    p.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
 
 
 def _generation(p: Parser) -> None:
@@ -167,7 +179,7 @@ def _layers(text: str) -> tuple[int, ...]:
         ends = [part.split("-") for part in text.split(",")]
         return tuple(n for e in ends for n in range(int(e[0]), int(e[-1]) + 1))
     except ValueError:
-        raise Problem(f"layers is {text!r}, expected such as 10-15 or 0,1,6") from None
+        raise argparse.ArgumentTypeError(f"{text!r}, expected such as 10-15 or 0,1,6") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,33 +188,47 @@ def main(argv: list[str] | None = None) -> int:
         args.recipe_source = None
         if getattr(args, "recipe", None):
             args = _again(args, argv)
-        from . import commands  # torch, from here on
-        getattr(commands, args.command)(args)
+        if args.command in ("vary", "sweep", "explore", "reconstruct", "invert"):
+            from . import commands as home  # torch, from here on
+        else:
+            from . import tools as home
+        getattr(home, args.command)(args)
+        sys.stdout.flush()
         return 0
     except Problem as problem:
         return _fail(str(problem))
     except KeyboardInterrupt:
         print("isadca: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:  # standard output is full or closed, or a file went away
+        sys.stdout = open(os.devnull, "w")  # or Python complains once more at its end
+        return 0 if isinstance(error, BrokenPipeError) else _fail(
+            f"{error.filename or 'standard output'}: {error.strerror or error}; mend that and run it again")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(error)):
             raise
         return _fail("out of memory; try --rows-at-once 4, --replay-at-once 1, --dtype fp16 or a smaller --size")
 
 
 def _again(given: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
-    """The recipe's arguments as defaults under those that were given."""
+    """The recipe's arguments, read as if they had been typed before those that were given."""
     from .images import read_recipe
-    from .recipe import recipe_args
+    from .recipe import recipe_flags
     source = Path(given.recipe)
     recipe = read_recipe(source)
-    args = parser(recipe_args(recipe, "vary", source)).parse_args(argv)
+    words, flags = recipe_flags(recipe, "vary", source)
+    try:
+        args = parser(words).parse_args(["vary", *flags, *(sys.argv[1:] if argv is None else argv)[1:]])
+    except Problem as problem:
+        raise Problem(f"{source}: its recipe is damaged or of another version: {problem}") from None
+    if args.attend and not given.attend:
+        raise Problem(f"{source}: was made with --attend {args.attend}; give the flag again to run that code")
     args.recipe_source = recipe if given.ref is None and given.weights is None else None  # what is to be verified
     return args
 
 
 def _fail(message: str) -> int:
-    print("isadca: " + " ".join(message.split()), file=sys.stderr)
+    print("isadca: " + "".join(c if c.isprintable() else "?" for c in message), file=sys.stderr)  # no terminal codes
     return 2
 
 

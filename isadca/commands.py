@@ -1,37 +1,39 @@
-"""What the command line's commands do. Each writes its file whole and prints the path."""
+"""The commands that make pictures: vary, sweep, explore, reconstruct, invert. Each writes its file whole and prints
+the path. The other commands are in tools.py."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
-from math import prod
 from pathlib import Path
-from textwrap import fill
 
 import torch
 from tqdm import tqdm
 
-from . import fetch as fetching
 from .config import Problem
-from .convert import convert as convert_file
 from .explore import look_inside, method_at, page
 from .images import atomic_write, contact_sheet, load_image, psnr, save_png
-from .loading import default_weights, load, parts_of, pick_file
-from .methods import PRESETS, Method, method_named, parse_lam
+from .loading import load, pick_file
+from .methods import Method, method_named, parse_lam
 from .recipe import check_same, fingerprint, hash_files, make_recipe
 from .reference import Reference, load_reference, reconstruct as run_back, save_reference
 from .reference import invert as run_inversion
 from .variation import Run, decode, sample
 
+FITTED = {"crop": "its centre is used (or: --fit squash, --fit pad)", "squash": "it is distorted to a square",
+          "pad": "it gets white borders"}
 DIVERSITY_OF_MANY = 0.3  # where every seed would give the same picture
 
 
 def vary(args: Namespace) -> None:
     if args.ref is None or args.prompt is None:
         raise Problem('vary needs REF and PROMPT, or --recipe; see isadca vary --help')
-    out = _writable(args.out, ".png")
-    sheet = _writable(Path(args.grid), ".png") if args.grid else None
+    out = writable(args.out, ".png", args.ref)
+    sheet = writable(Path(args.grid), ".png", args.ref) if args.grid else None
+    if sheet == out:
+        raise Problem(f"--grid and -o are both {out}; choose another --grid")
     seeds = _seeds(args)
     method = _many(args, _method(args, parse_lam(str(args.lam)) if args.lam is not None else None))
     session = Session(args)
@@ -49,7 +51,7 @@ def vary(args: Namespace) -> None:
 
 def sweep(args: Namespace) -> None:
     """All λ, prompts and seeds as runs side by side: the reference is inverted once and replayed once."""
-    out = _writable(args.out, ".png")
+    out = writable(args.out, ".png", args.ref)
     lams = [parse_lam(text) for text in args.lam.split(",")]
     seeds = _seeds(args)
     method = _many(args, _method(args))
@@ -67,7 +69,7 @@ def sweep(args: Namespace) -> None:
 
 
 def explore(args: Namespace) -> None:
-    out = _writable(args.out, ".html")
+    out = writable(args.out, ".html")
     method = method_at(args.lam)
     session = Session(args, steps=20)
     session.tell_missing([method])
@@ -78,7 +80,7 @@ def explore(args: Namespace) -> None:
 
 
 def reconstruct(args: Namespace) -> None:
-    out = _writable(args.out, ".png")
+    out = writable(args.out, ".png", args.ref)
     session = Session(args)
     picture = run_back(session.model, session.ref, progress=session.progress)
     save_png(picture, out, session.recipe())
@@ -87,85 +89,10 @@ def reconstruct(args: Namespace) -> None:
 
 
 def invert(args: Namespace) -> None:
-    out = _writable(args.out, ".safetensors")
+    out = writable(args.out, ".safetensors")
     session = Session(args)
     save_reference(session.ref, out, fingerprint(session.hashes.result()))
     print(out)
-
-
-def evaluate(args: Namespace) -> None:
-    from .baselines.systems import available_systems, find_extra, make_system  # much that `vary` does not need
-    from .evaluate import check_settings, evaluate, list_items, meet, own_device, read_pairs
-    from .report import about_run, write_report
-    from .scores import Scores, available_metrics
-    pairs, weights = read_pairs(args.pairs), Path(args.weights) if args.weights else default_weights()
-    model = load(weights, args.ip_adapter, args.image_encoder, args.vae, own_device(args.device), args.dtype)
-    model.schedule.steps(args.steps)  # refuses a bad number before the work
-    folder = find_extra(weights, "metrics") or weights / "metrics"
-    systems = _chosen(args.systems, *available_systems(model, weights))
-    metrics = _chosen(args.metrics, *available_metrics(folder))
-    draws = {name: make_system(name, model, weights, args.steps) for name in systems}
-    scores = Scores(metrics, folder, model.device)
-    items = list_items(pairs, systems, tuple(_number("--seeds", text) for text in args.seeds.split(",")))
-    _folder(args.out)
-    check_settings(args.out, pairs, args.steps, model.size, hash_files(model.files).result())
-    evaluate(items, draws, scores, args.out, model.size,
-             lambda items, label: tqdm(items, desc=label, disable=args.quiet, file=sys.stderr))
-    if meet():
-        about = about_run(items, model, args.steps, weights, f"isadca evaluate {args.pairs} -o {args.out}")
-        for path in write_report(items, args.out, metrics, about):
-            print(path)
-
-
-def _chosen(asked: str | None, there: tuple[str, ...], lacking: dict[str, str]) -> tuple[str, ...]:
-    """What was asked for; or all that can be had, and a note on the rest."""
-    if asked:
-        return tuple(dict.fromkeys(asked.split(",")))
-    if lacking:
-        note(f"left out: {', '.join(f'{name} ({why})' for name, why in lacking.items())}; see weights/README.md")
-    return there
-
-
-def inspect(args: Namespace) -> None:
-    """One line a part; raises the first Problem after the paths before it were printed."""
-    for path in args.paths:
-        for part in parts_of(path):
-            count = sum(prod(shape) for shape in part.shapes.values())
-            dtypes = "/".join(sorted(set(part.dtypes.values())))
-            print(f"{part.path}: {part.kind}, layout {part.layout}, {len(part.shapes)} tensors, "
-                  f"{count / 1e6:.1f} M parameters, {dtypes}, {part.path.stat().st_size / 1e6:.1f} MB; loads")
-
-
-def methods(args: Namespace) -> None:
-    for method in PRESETS.values():
-        print(f"{method.name}: {method.source}")
-        values = [f"{f.name}={getattr(method, f.name)}" for f in fields(method) if f.name not in ("name", "source")]
-        print(fill(", ".join(values), 100, initial_indent="    ", subsequent_indent="    "))
-
-
-def fetch(args: Namespace) -> None:
-    items = fetching.wanted(args.names)
-    absent = fetching.missing(items, args.to)
-    note(f"{len(items) - len(absent)} of {len(items)} files are there and verified; "
-         f"to download: {sum(item.size for item in absent) / 1e9:.2f} GB")
-    for item in items:
-        if item in absent:
-            fetching.fetch(item, args.to)
-        print(item.target(args.to))
-    for what, files in [("verified by size alone, no checksum is known", [i.file for i in items if i.sha256 == "-"]),
-                        ("from the branch main, no commit is known", [i.file for i in items if i.revision == "main"])]:
-        if files:
-            note(f"{what}: {', '.join(files)}")
-    for step in fetching.next_steps(items, args.to):
-        note(f"next: {step}")
-
-
-def convert(args: Namespace) -> None:
-    left_out = convert_file(args.source, _writable(args.out, ".safetensors"))
-    if left_out:
-        note(f"{len(left_out)} left out, no tensors or not the adapter's: {', '.join(left_out[:3])}"
-             + (", ..." if len(left_out) > 3 else ""))
-    print(args.out)
 
 
 class Session:
@@ -175,25 +102,36 @@ class Session:
         self.args = args
         self.reference_path = Path(args.ref)
         saved = self.reference_path.suffix == ".safetensors"
-        picture = None if saved else load_image(self.reference_path)  # fail before the slow part
-        from .baselines.loading import load_prior
-        prior = getattr(args, "prior", None)
-        encoder = args.image_encoder or ("none" if prior else None)  # what the prior says needs no picture
-        self.model = load(args.weights, args.ip_adapter, encoder, args.vae, args.device, args.dtype)
-        self.prior = load_prior(prior, self.model.dtype, self.model.device) if prior else None
-        self.hashes = hash_files(self.model.files | ({"prior": pick_file(Path(prior, "prior"), self.model.dtype)}
-                                                     if prior else {}))
+        picture = None if saved else load_image(self.reference_path, note)  # fail before the slow part
+        if picture and picture.width != picture.height:
+            note(f"{args.ref} is {picture.width}×{picture.height}; {FITTED[args.fit or 'crop']}")
+        self._load(getattr(args, "prior", None))
         if getattr(args, "recipe_source", None):
             check_same(args.recipe_source, args.recipe, self.reference_path, self.hashes.result())
         if saved:
             self.ref = self._saved()
         else:
             self.ref = run_inversion(self.model, picture, steps if args.steps is None else args.steps,
-                                     self.prompt(args.ref_prompt), args.size, progress=self.progress)
+                                     self.prompt(args.ref_prompt), args.size, progress=self.progress,
+                                     fit_by=args.fit or "crop")
+
+    def _load(self, prior: str | None) -> None:
+        """With a prior, which says what the image branch sees, no image encoder is needed."""
+        args, more = self.args, {}
+        encoder = args.image_encoder or ("none" if prior else None)
+        self.model = load(args.weights, args.ip_adapter, encoder, args.vae, args.device, args.dtype)
+        self.prior = None
+        if prior:
+            from .baselines.loading import load_prior
+            self.prior = load_prior(prior, self.model.dtype, self.model.device)
+            more = {"prior": pick_file(Path(prior, "prior"), self.model.dtype)}
+        self.hashes = hash_files(self.model.files | more)
 
     def _saved(self) -> Reference:
         ref = load_reference(self.reference_path, fingerprint(self.hashes.result()), self.model.device)
-        for flag, asked, has in [("--steps", self.args.steps, ref.steps), ("--size", self.args.size, ref.image.width)]:
+        for flag, asked, has in [("--steps", self.args.steps, ref.steps), ("--size", self.args.size, ref.image.width),
+                                 ("--ref-prompt", self.args.ref_prompt or None, ref.prompt),
+                                 ("--fit", self.args.fit, "its own")]:
             if asked not in (None, has):
                 raise Problem(f"{flag} is {asked}, but {self.reference_path} was inverted with {has}; leave the flag "
                               "out or invert the picture again")
@@ -248,19 +186,6 @@ def _many(args: Namespace, method: Method) -> Method:
     return method
 
 
-def _number(flag: str, text: str) -> int:
-    if not text.strip().isdigit():
-        raise Problem(f"{flag} has {text!r}, expected whole numbers such as 0,1,2")
-    return int(text)
-
-
-def _folder(path: Path) -> None:
-    try:
-        path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise Problem(f"{path}: cannot be made or written ({error.strerror}); choose another -o") from None
-
-
 def _seeds(args: Namespace) -> tuple[int, ...]:
     for flag, value in [("--n", args.n), ("--rows-at-once", args.rows_at_once), ("--replay-at-once",
                                                                                 args.replay_at_once)]:
@@ -284,7 +209,7 @@ def _function(where: str):
     return getattr(module, name)
 
 
-def _writable(path: Path, suffix: str) -> Path:
+def writable(path: Path, suffix: str, ref: str | None = None) -> Path:
     """`path`, if a file can be written there: found out before the work, not after."""
     if path.suffix.lower() != suffix:
         raise Problem(f"{path}: expected a name that ends in {suffix}")
@@ -292,6 +217,10 @@ def _writable(path: Path, suffix: str) -> Path:
         raise Problem(f"{path}: is a folder, expected a file name")
     if not path.parent.is_dir():
         raise Problem(f"{path}: the folder {path.parent} does not exist; make it first")
+    if ref and path.resolve() == Path(ref).resolve():
+        raise Problem(f"{path}: is the reference itself; choose another -o")
+    if not os.access(path.parent, os.W_OK):
+        raise Problem(f"{path}: the folder {path.parent} is not writable; choose another -o")
     return path
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 RECIPE_KEY = "isadca"  # the PNG text chunk that holds the recipe
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None) -> Image.Image:
     """A picture file as RGB, turned upright by its EXIF tag, transparency composited on white.
 
-    Raises Problem for what is not a readable picture.
+    `tell` is told what of it is not seen. Raises Problem for what is not a readable picture.
     """
     path = Path(path)
     try:
@@ -33,9 +34,11 @@ def load_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")  # old cameras' EXIF and the like
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as file:
-                return _rgb(ImageOps.exif_transpose(file))
+                if getattr(file, "is_animated", False):
+                    tell(f"{path} holds {file.n_frames} pictures; the first is used")
+                image = _rgb(ImageOps.exif_transpose(file), lambda text: tell(f"{path}: {text}"))
     except FileNotFoundError:
-        raise Problem(f"{path}: no such picture") from None
+        raise Problem(f"{path}: no such picture; check the path") from None
     except IsADirectoryError:
         raise Problem(f"{path}: is a folder, expected a picture") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -46,24 +49,35 @@ def load_image(path: str | Path) -> Image.Image:
         reason = getattr(error, "strerror", None)  # only the file system's errors have one
         raise Problem(f"{path}: cannot be read ({reason})" if reason else
                       f"{path}: the picture is damaged ({error}); save it anew") from None
+    if max(image.size) > 50 * min(image.size):
+        raise Problem(f"{path}: is {image.width}×{image.height}, more than 50 times as long as wide; crop it first")
+    return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, tell: Callable[[str], None] = lambda text: None) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, PIL would clip
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            tell("what is transparent becomes white")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """Centre-crop to a square, then resize to size × size (bicubic; untouched where it already is). Gives RGB."""
+def fit(image: Image.Image, size: int, how: str = "crop") -> Image.Image:
+    """To size × size (bicubic; untouched where it already is). What is not square is cut to its centre ("crop"),
+    distorted ("squash") or given white borders ("pad"). Gives RGB."""
     image = _rgb(image)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return square if side == size else square.resize((size, size), Image.Resampling.BICUBIC)
+    short, long = sorted(image.size)
+    if how == "crop":
+        left, top = (image.width - short) // 2, (image.height - short) // 2
+        image = image.crop((left, top, left + short, top + short))
+    elif how == "pad":
+        image = ImageOps.pad(image, (long, long), color="white")
+    elif how != "squash":
+        raise Problem(f"fit is {how!r}, expected crop, squash or pad")
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -178,6 +192,6 @@ def read_recipe(path: str | Path) -> dict:
             raise ValueError
         return recipe
     except FileNotFoundError:
-        raise Problem(f"{path}: no such picture") from None
+        raise Problem(f"{path}: no such picture; check the path") from None
     except Exception:
         raise Problem(f"{path}: holds no isadca recipe; only PNGs written by isadca do") from None

@@ -141,8 +141,8 @@ def build(part: Part) -> nn.Module:
         if part.kind == "text":
             return CLIPText(read_config(CLIPTextConfig, config))
         if part.kind == "vision":
-            width = part.shapes.get("vision_model.pre_layrnorm.weight", (0,))[0]
-            known = KNOWN_ENCODERS.get(width, CLIPVisionConfig())
+            widths = part.shapes.get("vision_model.pre_layrnorm.weight", ())
+            known = KNOWN_ENCODERS.get(max(widths, default=0), CLIPVisionConfig())
             return CLIPVision(read_config(CLIPVisionConfig, config) if config.is_file() else known)
         try:
             return IPAdapter(part.shapes)
@@ -194,7 +194,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()  # "meta" would be accepted otherwise
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise Problem(f"device {name!r} is not available here; try --device cpu") from None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import Attend, attend as plain_attend
 from .clip import CLIPText, CLIPVision
@@ -41,8 +41,9 @@ class Model:
     def check_size(self, size: int) -> int:
         """`size`, if the networks can work at it. Raises Problem."""
         multiple = self.vae.config.downscale * 2 ** (len(self.unet.config.channels) - 1)
-        if size < multiple or size % multiple:
-            raise Problem(f"size is {size}, expected a multiple of {multiple}; {self.size} is what it was trained on")
+        if not multiple <= size <= 4096 or size % multiple:
+            raise Problem(f"size is {size}, expected a multiple of {multiple} up to 4096; {self.size} is what it was "
+                          "trained on")
         return size
 
     def noise(self, z: Tensor, t: Tensor | int, context: Tensor, attend: Attend = plain_attend) -> Tensor:
@@ -54,10 +55,11 @@ class Model:
         return self.text(self.tokenizer(prompts).to(self.device))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.vae.encode(pixels.to(self.device, next(self.vae.parameters()).dtype)).to(self._latent_dtype)
+        z = self.vae.encode(pixels.to(self.device, self._vae_dtype))
+        return Watch(self, "encoding")(z.to(self._latent_dtype))
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z.to(next(self.vae.parameters()).dtype))
+        return Watch(self, "decoding")(self.vae.decode(z.to(self._vae_dtype)))
 
     def image_tokens(self, image: Image.Image | None = None, embeds: Tensor | None = None) -> Tensor:
         """The adapter's tokens of a picture, [unconditional, image], (2,n,D). `embeds` (1,P), or (1,L,W) for the
@@ -81,3 +83,41 @@ class Model:
     @property
     def _latent_dtype(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
+
+
+class Watch:
+    """Raises Problem for inf and NaN in what it is called with: one result, or a latent at each step t of a loop.
+
+    No GPU waits for it: a step leaves a flag on the device, and `done`, after the loop, reads all. A CPU stops at once.
+    """
+
+    def __init__(self, model: Model, stage: str):
+        self.model, self.stage, self.flags = model, stage, []
+
+    def __call__(self, x: Tensor, t: int | None = None) -> Tensor:
+        self.flags.append((t, x.isfinite().all()))
+        if t is None or x.device.type == "cpu":
+            self.done()
+        return x
+
+    def done(self) -> None:
+        while self.flags:
+            t, fine = self.flags.pop(0)
+            if not fine:
+                raise Problem(self._report(t))
+
+    def _report(self, t: int | None) -> str:
+        model, step = self.model, "" if t is None else f" from step t = {t} on"
+        dtype = model._vae_dtype if t is None else model.dtype
+        half = dtype.itemsize == 2  # then inf may come of rounding; NaN is the file's
+        advice = ("try --dtype fp32" if half else "try a smaller --guidance or --ip-scale" if self.stage == "sampling"
+                  else "try another picture or checkpoint")
+        for kind in ("unet", "vae", "text", "vision", "ip_adapter"):
+            for name, weight in (getattr(model, kind) or nn.Module()).named_parameters():
+                if weight.isnan().any() or not (half or weight.isfinite().all()):
+                    advice = f"{model.files.get(kind, kind)} holds them in {name}: download it again"
+        return f"{self.stage}: inf or NaN{step}, in {str(dtype).removeprefix('torch.')}; {advice}"

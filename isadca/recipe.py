@@ -42,22 +42,30 @@ def make_recipe(args: dict, reference: Path, hashes: dict[str, str], device: str
             "versions": {"isadca": __version__, "torch": torch.__version__, "python": platform.python_version()}}
 
 
-def recipe_args(recipe: dict, command: str, source: Path) -> dict:
-    """The arguments of a recipe; a reference that is not where it was is looked for beside the picture."""
-    args = recipe.get("args")
-    if recipe.get("command") != command or not isinstance(args, dict) or not isinstance(args.get("ref"), str):
+def recipe_flags(recipe: dict, command: str, source: Path) -> tuple[dict[str, str], list[str]]:
+    """What a recipe says of REF and PROMPT, and its flags as one types them, so that they are checked as those are.
+
+    A reference that is not where it was is looked for beside the picture.
+    """
+    if recipe.get("command") != command:
         raise Problem(f"{source}: was made by isadca {recipe.get('command')}, expected isadca {command}")
-    beside = source.parent / Path(args["ref"]).name
-    if not Path(args["ref"]).exists() and beside.exists():
-        args = args | {"ref": str(beside)}
-    return args
+    args = recipe.get("args")
+    words = {key: args.get(key) for key in ("ref", "prompt")} if isinstance(args, dict) else {"args": None}
+    if not all(isinstance(word, str) for word in words.values()) or not isinstance(recipe.get("weights_sha256"), dict):
+        raise Problem(f"{source}: its recipe is damaged; give REF, PROMPT and the flags yourself")
+    beside = source.parent / Path(words["ref"]).name
+    if not Path(words["ref"]).exists() and beside.exists():
+        words["ref"] = str(beside)
+    flags = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in args.items()}
+    return words, [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()
+                   if value is not None and key not in NOT_KEPT | words.keys()]
 
 
 def check_same(recipe: dict, source: Path, reference: Path, hashes: dict[str, str]) -> None:
     """Raise Problem where the reference or the weights are not those that made the picture."""
     if recipe.get("reference_sha256") != sha256(reference):
         raise Problem(f"{reference}: is not the reference that {source} was made from; give the right one as REF")
-    for part, digest in (recipe.get("weights_sha256") or {}).items():
+    for part, digest in recipe["weights_sha256"].items():
         if hashes.get(part) != digest:
             raise Problem(f"{source}: was made with another {part} (sha256 {str(digest)[:12]}, this one has "
                           f"{str(hashes.get(part))[:12]}); give the right --weights, or the prompt and flags yourself")

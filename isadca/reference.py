@@ -23,7 +23,7 @@ from .attention import KV, Attend, attend as plain_attend, capture
 from .config import Problem
 from .ddim import Step, inverse_step, step
 from .images import atomic_write, fit, to_images, to_tensor
-from .model import Model
+from .model import Model, Watch
 
 Progress = Callable[[list, str], Iterable]  # wraps a list of steps, e.g. in a progress bar
 
@@ -53,18 +53,21 @@ class Seen(NamedTuple):
 
 
 def invert(model: Model, image: Image.Image, steps: int = 50, prompt: str = "", size: int | None = None,
-           attend: Attend = plain_attend, progress: Progress = silent) -> Reference:
-    """DDIM inversion of a picture, without guidance. The picture is cropped and resized to the model's size.
+           attend: Attend = plain_attend, progress: Progress = silent, fit_by: str = "crop") -> Reference:
+    """DDIM inversion of a picture, without guidance. The picture is fitted to the model's size, as images.fit does.
 
     RIVAL's convention: the stride from t-20 up to t evaluates the UNet on z̄ at level t-20 with the label t.
     """
     grid = model.schedule.steps(steps)
-    image = fit(image, model.check_size(model.size if size is None else size))
+    image = fit(image, model.check_size(model.size if size is None else size), fit_by)
     context = model.context([prompt])
     chain = [model.encode(to_tensor(image))]
+    watch = Watch(model, "inverting")
     for t, t_prev in progress(grid[::-1], "inverting"):
         eps = model.noise(chain[-1], t, context, attend)
-        chain.append(inverse_step(chain[-1], eps, model.schedule.alpha_bar(t_prev), model.schedule.alpha_bar(t)))
+        z = inverse_step(chain[-1], eps, model.schedule.alpha_bar(t_prev), model.schedule.alpha_bar(t))
+        chain.append(watch(z, t))
+    watch.done()
     return Reference(image, torch.cat(chain), prompt)
 
 
@@ -72,9 +75,11 @@ def reconstruct(model: Model, ref: Reference, attend: Attend = plain_attend,
                 progress: Progress = silent) -> Image.Image:
     """Plain DDIM from z̄_T back, without any control: the baseline x̃_0 of the paper's Fig. 1."""
     context, z = model.context([ref.prompt]), ref.chain[-1:]
+    watch = Watch(model, "reconstructing")
     for t, t_prev in progress(model.schedule.steps(ref.steps), "reconstructing"):
         eps = model.noise(z, t, context, attend)
-        z = step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev))
+        z = watch(step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev)), t)
+    watch.done()
     return to_images(model.decode(z))[0]
 
 
@@ -133,6 +138,9 @@ def load_reference(path: str | Path, weights: str, device: torch.device | str = 
     if about.get("weights") != weights:
         raise Problem(f"{path}: was inverted with other weights (sha256 {about.get('weights', '')[:12]}, these are "
                       f"{weights[:12]}); invert the picture again with these")
-    if chain.ndim != 4 or len(chain) < 2 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != torch.uint8:
+    h, side = chain.shape[-1:], pixels.shape[:1]
+    if (chain.shape[1:] != (4, *h, *h) or len(chain) < 2 or pixels.shape != (*side, *side, 3) or 0 in (*h, *side)
+            or side[0] % h[0] or chain.dtype not in (torch.float32, torch.float64) or pixels.dtype != torch.uint8
+            or not chain.isfinite().all()):
         raise Problem(f"{path}: a damaged reference; invert the picture again")
     return Reference(Image.fromarray(pixels.numpy()), chain.to(device), about.get("prompt", ""))

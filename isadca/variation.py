@@ -18,7 +18,7 @@ from .attention import KV, Attend, attend as plain_attend, blend, by_kind, by_ro
 from .ddim import step
 from .images import to_images
 from .methods import ISADCA, Method
-from .model import Model
+from .model import Model, Watch
 from .reference import Progress, Reference, Seen, replay, silent
 
 
@@ -73,6 +73,7 @@ def sample(model: Model, ref: Reference, runs: list[Run], replayed: Iterable[See
         replayed = replay(model, ref, wanted, at_once, kernel)
     told = [condition(model, ref, run, image_embeds) for run in runs]
     zs = [initial_latents(ref, run) for run in runs]
+    watch = Watch(model, "sampling")
     for (t, t_prev), seen in zip(progress(model.schedule.steps(ref.steps), "sampling"), replayed):
         levels = model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev)
         for i, run in enumerate(runs):
@@ -81,7 +82,8 @@ def sample(model: Model, ref: Reference, runs: list[Run], replayed: Iterable[See
             noise = Noise(*map(torch.cat, zip(*parts)))
             if on_step:
                 on_step(run, t, zs[i], noise)
-            zs[i] = step(zs[i], noise.mixed, *levels)
+            zs[i] = watch(step(zs[i], noise.mixed, *levels), t)
+    watch.done()
     return zs
 
 
