@@ -95,16 +95,17 @@ def save_pipeline(folder: Path) -> None:
 
 
 def save_curves(state: Path, folder: Path) -> None:
-    """Copy the stages' logs (step, mean loss of 100 steps) into `folder`, and draw them side by side."""
+    """Copy the stages' logs (step, mean loss of 100 steps) into `folder`, and draw them, five in a row."""
     logs = sorted(log for log in state.glob("*.csv") if log.stat().st_size)
     if not logs:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    sheet = Image.new("RGB", (300 * len(logs), 240), "white")
+    rows = -(-len(logs) // 5)
+    sheet = Image.new("RGB", (300 * min(len(logs), 5), 240 * rows), "white")
     for i, log in enumerate(logs):
         shutil.copyfile(log, folder / log.name)
         points = [tuple(map(float, line.split(","))) for line in log.read_text().splitlines()]
-        sheet.paste(curve(log.stem, points), (300 * i, 0))
+        sheet.paste(curve(log.stem, points), (300 * (i % 5), 240 * (i // 5)))
     sheet.save(folder / "curves.png")
 
 

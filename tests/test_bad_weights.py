@@ -120,7 +120,7 @@ STRANGERS = {
                     ("F32", (1280, 768))}, ("an IP-Adapter training checkpoint", "convert it")),
     "anything else": ({"bert.pooler.dense.bias": ("F32", (768,))},
                       ("none of the layouts", "1 tensors, e.g. bert.pooler.dense.bias", "README")),
-    "a line break in a name": ({"bert\n\u2028x": ("F32", (768,))}, ("none of the layouts", "e.g. bert  x; see")),
+    "a line break in a name": ({"bert\n\u2028x": ("F32", (768,))}, ("none of the layouts", "e.g. bert  x)")),
     "nothing": ({}, ("none of the layouts", "0 tensors", "README")),
 }
 

@@ -126,10 +126,13 @@ def test_what_is_written_is_what_we_and_the_others_read(tmp_path, net, config, t
 
 
 def test_the_shipped_folder_is_small():
-    """Goals of the demo: 30 MB in all, 16 MB a file, so that it can live in the repository."""
+    """Goals of the demo: 30 MB for the model, 40 MB for what it is compared with and measured by, 16 MB a file, so
+    that it can live in the repository."""
+    others = ("image-variations", "controlnet-shuffle", "prior", "metrics", "pairs")
     sizes = {path.relative_to(DEMO): path.stat().st_size for path in DEMO.rglob("*") if path.is_file()}
     assert {path: size for path, size in sizes.items() if size > 16e6} == {}
-    assert sum(sizes.values()) < 30e6
+    assert sum(size for path, size in sizes.items() if path.parts[0] not in others) < 30e6
+    assert sum(size for path, size in sizes.items() if path.parts[0] in others) < 40e6
 
 
 def test_the_judge_knows_the_shipped_scenes():
