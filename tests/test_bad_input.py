@@ -331,9 +331,11 @@ def test_standard_output_that_is_full_or_closed(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("loop", ["inverting", "sampling"])
 def test_ctrl_c_while_it_works(folder, loop):
-    """A real signal, to a process of its own."""
+    """A real signal, to a process of its own. (Where the tests run in the background, SIGINT is ignored by
+    inheritance: the process is started without that.)"""
     argv = ["vary", CAT, "a lemon", "-o", "a.png", "--steps", "40", "--n", "200", "--init", "shuffle"]
-    work = subprocess.Popen([sys.executable, "-m", "isadca", *argv], stderr=subprocess.PIPE)
+    work = subprocess.Popen([sys.executable, "-m", "isadca", *argv], stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     seen = b""
     while loop.encode() not in seen:
         seen += work.stderr.read1() or pytest.fail(seen.decode())
