@@ -13,7 +13,6 @@ import argparse
 import datetime
 import gc
 import json
-import os
 import platform
 import resource
 import statistics
@@ -39,7 +38,8 @@ from isadca.unet import UNet
 from isadca.vae import VAE
 
 WHAT = ("unet", "vae", "clip", "load", "cold", "memory", "job", "n", "overhead", "growth")
-REF = Path(__file__).parent / "cat.png"
+HERE = Path(__file__).resolve().parent
+REF = HERE / "cat.png"
 GOALS = {"UNet, one forward, batch 1": "0.8 (demo), 0.95 (sd15)", "load": "0.5", "cold job": "0.5",
          "job, N = 1, attention mix": "0.75", "N = 16, attention mix": "0.55", "N = 16, noise mix": "1.0",
          "λ and DCA over ISA alone": "1.0263", "peak memory, load": "1.0", "peak memory, job": "1.0"}
@@ -131,24 +131,35 @@ def clip(b: Bench) -> None:
 # ---- whole processes ---------------------------------------------------------------------------------------------
 
 LOAD = """
-import json, resource, sys, time
+import json, sys, time
 import isadca.loading
+from benchmark_others import peak_megabytes
 began = time.perf_counter()
 model = isadca.load(sys.argv[1], ip_adapter="none", device="cpu", dtype="fp32")
 took = time.perf_counter() - began
 touched = sum(float(p.flatten()[0]) for net in (model.unet, model.vae, model.text) for p in net.parameters())
-print(json.dumps({"seconds": took, "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+print(json.dumps({"seconds": took, "MB": peak_megabytes()}))
 """
+VARY = """
+import sys
+from isadca.cli import main
+main(sys.argv[1:]) and exit("failed")
+from benchmark_others import peak_megabytes
+print(peak_megabytes())
+"""
+
+
+def run_python(args: list[str]) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=True, cwd=HERE).stdout
 
 
 def load(b: Bench) -> None:
     """In fresh processes, imports not counted, files in the page cache; the memory is that of the whole process."""
-    script = str(Path(__file__).parent / "benchmark_others.py")
     found: dict[str, list[dict]] = {"ours": [], "theirs": []}
     for _ in range(b.rounds + 1):
-        for side, args in (("ours", ["-c", LOAD, str(b.folder)]), ("theirs", [script, "load", str(b.folder)])):
-            done = subprocess.run([sys.executable, *args], capture_output=True, text=True, check=True)
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+        for side, command in (("ours", ["-c", LOAD]), ("theirs", ["benchmark_others.py", "load"])):
+            found[side].append(json.loads(run_python([*command, str(b.folder)]).splitlines()[-1]))
     middle = {(side, key): statistics.median(x[key] for x in runs[1:]) for side, runs in found.items()
               for key in ("seconds", "MB")}
     b.add("load", middle["ours", "seconds"], middle["theirs", "seconds"], "diffusers")
@@ -157,21 +168,16 @@ def load(b: Bench) -> None:
 
 def cold(b: Bench) -> None:
     """From the shell to the picture on disk: 50 steps of inversion, 50 of sampling; and the most memory it took."""
-    with tempfile.TemporaryDirectory() as folder:
-        commands = [[sys.executable, "-m", "isadca", "vary", str(REF), "a lemon", "-q", "-o", f"{folder}/a.png",
-                     "--weights", str(b.folder), "--device", "cpu"],
-                    [sys.executable, str(Path(__file__).parent / "benchmark_others.py"), "job", str(REF), "a lemon",
-                     f"{folder}/b.png", str(b.folder)]]
+    with tempfile.TemporaryDirectory() as out:
+        commands = [["-c", VARY, "vary", str(REF), "a lemon", "-q", "-o", f"{out}/a.png", "--weights", str(b.folder),
+                     "--device", "cpu"],
+                    ["benchmark_others.py", "job", str(REF), "a lemon", f"{out}/b.png", str(b.folder)]]
         times, memory = ([], []), ([], [])
         for _ in range(b.rounds):
             for side, command in enumerate(commands):
                 began = time.perf_counter()
-                process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-                _, status, usage = os.wait4(process.pid, 0)
-                if status:
-                    raise SystemExit(f"failed: {' '.join(command)}")
+                memory[side].append(float(run_python(command).split()[-1]))
                 times[side].append(time.perf_counter() - began)
-                memory[side].append(usage.ru_maxrss / 1024)
     who = "diffusers: inversion, IP-Adapter"
     b.add("cold job", *map(statistics.median, times), who)
     b.add("peak memory, job", *map(statistics.median, memory), who, unit="MB")
@@ -198,9 +204,11 @@ def job(b: Bench) -> None:
 
 
 def many(b: Bench) -> None:
+    """Once each, without rounds: it takes minutes."""
     several = {name: isadca.Method(mix=name, init="shuffle") for name in ("attention", "noise")}
     for name, method in several.items():
-        b.compare(f"N = 16, {name} mix", lambda: vary(b, method, 16), lambda: rival(b, 16), "RIVAL, 16 times")
+        b.add(f"N = 16, {name} mix", b.seconds(lambda: vary(b, method, 16)), b.seconds(lambda: rival(b, 16)),
+              "RIVAL, 16 times")
 
 
 def overhead(b: Bench) -> None:
@@ -239,7 +247,6 @@ def random_sd15(folder: Path) -> Path:
     """A folder in SD1.5's layout with random weights, written once: enough for time and memory."""
     if (folder / "model_index.json").exists():
         return folder
-    sys.path.insert(0, str(Path(__file__).parent))
     from demo_files import config_json, save_pipeline
     networks = {"unet": (UNet, UNetConfig()), "vae": (VAE, VAEConfig()), "text_encoder": (CLIPText, CLIPTextConfig()),
                 "image_encoder": (CLIPVision, CLIPVisionConfig())}
@@ -271,7 +278,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    folder = default_weights() if args.size == "demo" else random_sd15(args.sd15)
+    folder = (default_weights() if args.size == "demo" else random_sd15(args.sd15)).resolve()
     bench = Bench(folder, args.device, args.dtype, args.rounds)
     for name in args.what.split(","):
         MEASURES[name](bench)
