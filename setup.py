@@ -22,7 +22,7 @@ setup(
     package_data={"isadca": ["explore.html", "fetch.tsv"], "isadca._weights": weights},
     install_requires=["torch>=2.10,<2.14", "safetensors>=0.4.3", "tokenizers>=0.20", "pillow>=11", "numpy>=1.26",
                       "tqdm>=4.60", "huggingface_hub>=0.30"],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "diffusers>=0.40", "transformers>=5",
+    extras_require={"test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "diffusers>=0.40", "transformers>=5",
                              "scikit-image>=0.24"]},
     entry_points={"console_scripts": ["isadca=isadca.cli:main"]},
 )
