@@ -82,3 +82,12 @@ def tiny_ref(tiny):
 @pytest.fixture(scope="session")
 def cat():
     return isadca.load_image(DEMO / "references" / "cat.png")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """`in` for what the user has; the current folder, empty, is where output would go."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    return tmp_path / "in"
