@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .config import Problem
 from .explore import look_inside, method_at, page
-from .images import atomic_write, contact_sheet, load_image, psnr, save_png
+from .images import contact_sheet, load_image, psnr, save_png, save_text
 from .loading import load, pick_file
 from .methods import Method, method_named, parse_lam
 from .recipe import check_same, fingerprint, hash_files, make_recipe
@@ -74,8 +74,7 @@ def explore(args: Namespace) -> None:
     session = Session(args, steps=20)
     session.tell_missing([method])
     data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.progress)
-    with atomic_write(out) as temporary:
-        Path(temporary).write_text(page(data), encoding="utf-8")
+    save_text(page(data), out)
     print(out)
 
 
@@ -140,7 +139,7 @@ class Session:
     def expected(self) -> torch.Tensor | None:
         """The image embedding that the prior expects of the prompt."""
         from .baselines.prior import embed_prompt
-        return embed_prompt(*self.prior, self.prompt(self.args.prompt), seed=self.args.seed) if self.prior else None
+        return embed_prompt(*self.prior, self.args.prompt, seed=self.args.seed) if self.prior else None
 
     def tell_missing(self, methods: Iterable[Method]) -> None:
         if self.model.ip_adapter is None and any(method.wants_image for method in methods):

@@ -20,7 +20,7 @@ import torch
 
 from .baselines.systems import Draw, one_picture
 from .config import Problem
-from .images import atomic_write, fit, load_image, save_png
+from .images import fit, load_image, save_png, save_text
 from .recipe import sha256
 from .reference import Progress, silent
 from .scores import Scores
@@ -121,8 +121,7 @@ def evaluate(items: list[Item], draws: dict[str, Draw], scores: Scores, results:
             save_png(reference, path.with_name("reference.png"))
             save_png(variation, path)
         numbers |= scores(variation, reference, item.pair.prompt)
-        with atomic_write(path.with_suffix(".json")) as temporary:
-            Path(temporary).write_text(json.dumps(numbers) + "\n")
+        save_text(json.dumps(numbers) + "\n", path.with_suffix(".json"))
 
 
 def check_settings(results: Path, pairs: list[Pair], steps: int, size: int, weights: dict[str, str]) -> None:
@@ -137,8 +136,7 @@ def check_settings(results: Path, pairs: list[Pair], steps: int, size: int, weig
         if other:
             raise Problem(f"{results}: was begun with other {', '.join(other)}; choose another -o for a new experiment")
         settings = before | settings
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(json.dumps(settings, indent=1) + "\n")
+    save_text(json.dumps(settings, indent=1) + "\n", path)
 
 
 def own_device(name: str) -> str:

@@ -144,6 +144,12 @@ def save_png(image: Image.Image, path: str | Path, recipe: dict | None = None) -
         image.save(temporary, format="PNG", pnginfo=info)
 
 
+def save_text(text: str, path: str | Path) -> None:
+    """Write a text whole or not at all, in UTF-8."""
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
 class atomic_write:
     """`with atomic_write(path) as temporary:` - `path` appears, complete, only if the block succeeds."""
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from .evaluate import Item
-from .images import atomic_write, contact_sheet, load_image, save_png
+from .images import contact_sheet, load_image, save_png, save_text
 from .loading import default_weights
 from .model import Model
 from .scores import METRICS
@@ -32,8 +32,8 @@ def write_report(items: list[Item], results: Path, metrics: tuple[str, ...], abo
     numbers = {item: item.numbers(results) for item in items}
     paths = [results / name for name in ("results.csv", "table.md", "fig3.png", "fig4.png")]
     systems = list(dict.fromkeys(item.system for item in items))
-    _write(paths[0], to_csv(numbers, metrics))
-    _write(paths[1], f"{to_markdown(numbers, systems, metrics)}\n{overhead(numbers)}\n\n{about}\n")
+    save_text(to_csv(numbers, metrics), paths[0])
+    save_text(f"{to_markdown(numbers, systems, metrics)}\n{overhead(numbers)}\n\n{about}\n", paths[1])
     save_png(comparison(items, systems, results), paths[2])
     ablation = [name for name in ("isadca-0.5", "isadca", "isadca-prior") if name in systems]
     if not ablation:
@@ -147,8 +147,3 @@ def spread(items: list[Item]) -> list[Item]:
 def plain(label: str) -> str:
     """The sheets' font has no Greek letters."""
     return label.replace("λ", "lambda")
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")

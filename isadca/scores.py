@@ -1,6 +1,5 @@
 """The metrics of the paper's Table 1 by name, each with the weights that it reads, ready to judge a variation."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from .baselines.loading import CLIP, load_clip
 from .config import Problem
 from .images import clip_pixels, to_tensor
 from .metrics import CAPTION, clip_score, clip_similarity, load_metric, lpips, luma, sifid, ssim
-
-Score = Callable[[Image.Image, Image.Image, str], float]  # variation, reference, prompt -> number
 
 # name -> what the table calls it, whether higher is better, and the files in the metrics folder
 METRICS = {"lpips-alex": ("LPIPS (alex)", False, ("alex.safetensors", "lpips-alex.safetensors")),

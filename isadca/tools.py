@@ -12,7 +12,7 @@ from PIL import ImageChops
 from tqdm import tqdm
 
 from . import fetch as fetching
-from .baselines.systems import available_systems, find_extra, make_system
+from .baselines.systems import NEEDS, available_systems, find_extra, make_system
 from .commands import note, writable
 from .config import Problem
 from .convert import convert as convert_file
@@ -40,7 +40,10 @@ def evaluate(args: Namespace) -> None:
     scores = Scores(metrics, folder, model.device)
     items = list_items(pairs, systems, tuple(_number("--seeds", text) for text in args.seeds.split(",")))
     _folder(args.out)
-    check_settings(args.out, pairs, args.steps, model.size, hash_files(model.files).result())
+    extras = [path for name in ("metrics", *(NEEDS[name] for name in systems if name in NEEDS))
+              for path in sorted((find_extra(weights, name) or weights / name).rglob("*.safetensors"))]
+    hashes = hash_files(model.files | {"/".join(path.parts[-3:]): path for path in extras}).result()
+    check_settings(args.out, pairs, args.steps, model.size, hashes)
     run_items(items, draws, scores, args.out, model.size,
               lambda items, label: tqdm(items, desc=label, disable=args.quiet, file=sys.stderr))
     if meet():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import DEMO, ROOT
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from isadca import cli
 from isadca.baselines.systems import SYSTEMS
@@ -144,6 +145,23 @@ def test_results_of_another_experiment_are_left_alone(pairs, tmp_path, capsys):
     assert cli.main(["evaluate", "-q", str(pairs), "-o", str(results), *FEW[:-1], "3"]) == 2
     assert "results: was begun with other pairs, steps; choose another -o" in capsys.readouterr().err
     assert (results / "results.csv").read_bytes() == before
+
+
+def test_the_other_systems_weights_belong_to_the_experiment(pairs, tmp_path, capsys):
+    """Pictures of one ControlNet are not taken for those of another."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for item in DEMO.iterdir():
+        (weights / item.name).symlink_to(item)
+    (weights / "controlnet-shuffle").unlink()
+    shutil.copytree(DEMO / "controlnet-shuffle", weights / "controlnet-shuffle")
+    args = [pairs, "-o", tmp_path / "results", "--weights", weights, "--systems", "controlnet-shuffle",
+            "--metrics", "ssim", "--steps", "1"]
+    run(*args)
+    file = weights / "controlnet-shuffle" / "diffusion_pytorch_model.safetensors"
+    save_file({key: x + 1 for key, x in load_file(file).items()}, file)
+    assert cli.main(["evaluate", "-q", *map(str, args)]) == 2
+    assert "begun with other weights/controlnet-shuffle/diffusion" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args, message", [

@@ -41,8 +41,8 @@ def find_extra(weights: Path, name: str) -> Path | None:
 
 
 def one_picture(name: str) -> bool:
-    """Whether every seed gives the same picture."""
-    return name in LOOP and LOOP[name].deterministic
+    """Whether every seed gives the same picture. (The prior draws its embedding from the seed.)"""
+    return name in LOOP and LOOP[name].deterministic and name != "isadca-prior"
 
 
 def available_systems(model: Model, weights: Path) -> tuple[tuple[str, ...], dict[str, str]]:
