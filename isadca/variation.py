@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .attention import KV, Attend, attend as plain_attend, blend, by_kind, by_rows, dca, isa, where
+from .attention import KV, Attend, attend as plain_attend, blend_isa, by_kind, by_rows, dca, where
 from .ddim import step
 from .images import to_images
 from .methods import ISADCA, Method
@@ -120,11 +120,11 @@ def branches(controls: Controls) -> list[Attend]:
     return [isa_branch] if lam == 1 else [dca_branch] if lam == 0 else [isa_branch, dca_branch]
 
 
-def isa_of(controls: Controls) -> Attend:
+def isa_of(controls: Controls, weight: float = 1.0) -> Attend:
     """The ISA branch: in the method's layers, reference alone or reference and self, as its thresholds say."""
     method, kernel = controls.method, controls.kernel
     mode = "replace" if controls.t > method.replace_above else "append"
-    attend_isa = isa(controls.ref_kv, mode, kernel)
+    attend_isa = blend_isa(controls.ref_kv, weight, mode, kernel)
     return attend_isa if method.layers is None else where(lambda s: s.layer in method.layers, attend_isa, kernel)
 
 
@@ -132,7 +132,7 @@ def mix_in_attention(controls: Controls) -> Attend:
     """The other reading of λ: mix inside every block, at half the rows. Self-attention is (1-λ)·plain + λ·ISA; in
     cross-attention the text is in both branches, so the image's share is what (1-λ) scales."""
     _, lam, _, ip_kv, method, kernel = controls
-    return by_kind(blend(kernel, isa_of(controls), lam), dca(ip_kv, (1 - lam) * method.ip_scale, kernel))
+    return by_kind(isa_of(controls, lam), dca(ip_kv, (1 - lam) * method.ip_scale, kernel))
 
 
 def guide(eps: Tensor, halves: int, m: float) -> Tensor:

@@ -12,7 +12,8 @@ import oracle
 import pytest
 import torch
 
-from isadca.attention import Site, attend, attend_reference, blend, by_kind, by_rows, capture, dca, isa, where
+from isadca.attention import (Site, attend, attend_reference, blend, blend_isa, by_kind, by_rows, capture, dca, isa,
+                              where)
 
 SELF = Site("up_blocks.2.attentions.1.transformer_blocks.0.attn1", "self", "up", 11, (4, 4))
 CROSS = SELF._replace(name="up_blocks.2.attentions.1.transformer_blocks.0.attn2", kind="cross")
@@ -49,6 +50,10 @@ def mix_formula(q, k, v, *extra):
     return oracle.blend(oracle.attention(q, k, v), oracle.isa(q, k, v, *extra), 0.3)
 
 
+def replaced_formula(q, k, v, *extra):
+    return oracle.blend(oracle.attention(q, k, v), oracle.isa(q, k, v, *extra, mode="replace"), 0.3)
+
+
 def by_rows_formula(q, k, v, *extra):
     first = oracle.isa(*halved(q, k, v, *extra))
     return np.concatenate([first, oracle.attention(*(x[ROWS // 2:] for x in (q, k, v)))])
@@ -68,6 +73,9 @@ VARIANTS = {
     "dca": Variant(CROSS, lambda e, f: dca(at_both(e), kernel=f), oracle.dca),
     "dca 0.6": Variant(CROSS, lambda e, f: dca(at_both(e), 0.6, f), partial(oracle.dca, scale=0.6)),
     "blend": Variant(SELF, lambda e, f: blend(f, isa(at_both(e), kernel=f), 0.3), mix_formula),
+    "blend isa": Variant(SELF, lambda e, f: blend_isa(at_both(e), 0.3, kernel=f), mix_formula),
+    "blend isa replace": Variant(SELF, lambda e, f: blend_isa(at_both(e), 0.3, "replace", f), replaced_formula),
+    "blend isa at cross": Variant(CROSS, lambda e, f: blend_isa(at_both(e), 0.3, kernel=f), plain_formula),
     "where": Variant(SELF, lambda e, f: where(lambda s: s.layer == 11, isa(at_both(e), kernel=f), f), oracle.isa),
     "where not": Variant(SELF, lambda e, f: where(lambda s: s.layer > 11, isa(at_both(e), kernel=f), f), plain_formula),
     "by_kind self": Variant(SELF, lambda e, f: by_kind(isa(at_both(e), kernel=f), f), oracle.isa),

@@ -9,7 +9,9 @@ from attention_cases import (CROSS, EACH_VARIANT, EXTRA_ROWS, KERNELS, ROWS, SEL
 from hypothesis import given, settings, strategies as st
 from torch.autograd import gradcheck
 
-from isadca.attention import attend, attend_reference, attention_probs, blend, by_kind, capture, dca, isa
+from isadca import attention
+from isadca.attention import (attend, attend_reference, attention_probs, blend, blend_isa, by_kind, capture, dca,
+                              isa)
 from isadca.layers import Attention
 
 # ---- kernels -----------------------------------------------------------------------------------------------
@@ -93,6 +95,27 @@ def test_all_variants_together(seed, lam, scale, halves, n, mode):
     on_self = oracle.blend(oracle.attention(*arrays[:3]), oracle.isa(*arrays, mode=mode), lam)
     assert_is(both(q, k, v, SELF), on_self)
     assert_is(both(q, k, v, CROSS), oracle.dca(*arrays, scale=scale))
+    assert_is(blend_isa(at_both(extra), lam, mode)(q, k, v, SELF), on_self)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), lam=st.floats(0.01, 0.99), sharpness=st.floats(0, 20))
+def test_blend_isa_is_the_blend_at_any_sharpness(seed, lam, sharpness):
+    """Where one side's weights vanish beside the other's, too."""
+    torch.manual_seed(seed)
+    q, k, v, *extra = drawn((5, 7, 4, 3))
+    expected = blend(attend, isa(at_both(extra)), lam)(sharpness * q, k, v, SELF)
+    assert_is(blend_isa(at_both(extra), lam)(sharpness * q, k, v, SELF), expected.numpy())
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_blend_isa_spares_the_third_product_unless_a_gradient_is_wanted(monkeypatch, wants_gradient):
+    """The sum that it needs then carries no gradient."""
+    asked, summed = [], attention.attend_and_sum
+    monkeypatch.setattr(attention, "attend_and_sum", lambda *x: asked.append(x[1].shape[2]) or summed(*x))
+    q, k, v, *extra = drawn((5, 7, 4, 3))
+    blend_isa(at_both(extra), 0.5)(q.requires_grad_(wants_gradient), k, v, SELF)
+    assert asked == ([] if wants_gradient else [7, 3])
 
 
 @EACH_VARIANT
