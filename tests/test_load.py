@@ -1,5 +1,6 @@
 """load(): which files it takes, what it makes of them in each precision, and that it copies and invents nothing."""
 
+import gc
 import json
 import shutil
 import struct
@@ -206,3 +207,16 @@ def test_loading_true_size_weights_costs_neither_time_nor_memory(tmp_path, name)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     seconds, megabytes, count = json.loads(done.stdout)
     assert count == 859_520_964 and seconds < 3 and megabytes < 600
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(collecting):
+    """It pauses while networks load, also when they do not fit."""
+    try:
+        gc.enable() if collecting else gc.disable()
+        isadca.load()
+        with pytest.raises(Problem):
+            isadca.load("nowhere")
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()

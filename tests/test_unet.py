@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from isadca.attention import Site, attend, attend_reference, blend, by_kind, by_rows, capture, dca, isa
 from isadca.config import UNetConfig
+from isadca.layers import Conv3x3
 from isadca.methods import PRESETS
 from isadca.unet import UNet
 from twins import (BY_PRECISION, UNETS, assert_modules_agree, assert_near, assert_order_one, diffusers_unet, outputs,
@@ -183,3 +185,12 @@ def test_no_attend_leaves_a_trace(unet):
         assert changed == (name not in ("plain", "written out", "capture")), name
         assert torch.equal(unet(z, t, context), plain), name
         assert frozen() == before, name
+
+
+@pytest.mark.parametrize("rows, as_product", [(1, True), (2, True), (3, False)])
+def test_a_large_weight_on_a_small_grid_is_a_matrix_product_with_the_same_result(monkeypatch, rows, as_product):
+    conv, x = Conv3x3(1024, 512).double(), torch.randn(rows, 1024, 8, 8, dtype=torch.float64)
+    asked, unfold = [], F.unfold
+    monkeypatch.setattr(F, "unfold", lambda *args, **kw: asked.append(1) or unfold(*args, **kw))
+    assert_near(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1), 1e-12)
+    assert len(asked) == as_product
