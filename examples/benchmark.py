@@ -26,30 +26,28 @@ from pathlib import Path
 import benchmark_others as others
 import diffusers
 import torch
-from safetensors.torch import save_file
+from benchmark_sd15 import random_sd15
 from transformers import CLIPVisionModelWithProjection
 
 import isadca
-from isadca.clip import CLIPText, CLIPVision
-from isadca.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from isadca.attention import attend
 from isadca.images import clip_pixels, to_tensor
 from isadca.loading import default_weights
-from isadca.unet import UNet
-from isadca.vae import VAE
+from isadca.variation import condition, predict
 
-WHAT = ("unet", "vae", "clip", "load", "cold", "memory", "job", "n", "overhead", "growth")
+WHAT = ("unet", "vae", "clip", "load", "cold", "memory", "job", "n", "overhead", "chunks", "growth")
 HERE = Path(__file__).resolve().parent
 REF = HERE / "cat.png"
 GOALS = {"UNet, one forward, batch 1": "0.8 (demo), 0.95 (sd15)", "load": "0.5", "cold job": "0.5",
          "job, N = 1, attention mix": "0.75", "N = 16, attention mix": "0.55", "N = 16, noise mix": "1.0",
-         "λ and DCA over ISA alone": "1.0263", "peak memory, load": "1.0", "peak memory, job": "1.0"}
+         "λ and DCA over ISA alone, a step, attention": "1.0263", "peak memory, load": "1.0", "peak memory, job": "1.0"}
 
 
 class Bench:
     """Both sides loaded, and the table as it grows."""
 
-    def __init__(self, folder: Path, device: str, dtype: str, rounds: int):
-        self.folder, self.rounds, self.rows = folder, rounds, []
+    def __init__(self, folder: Path, device: str, dtype: str, rounds: int, steps: int):
+        self.folder, self.rounds, self.steps, self.rows = folder, rounds, steps, []
         self.model = isadca.load(folder, device=device, dtype=dtype)
         self.device, self.dtype = self.model.device, self.model.dtype
         self.pipe = others.load_pipeline(folder, device, self.dtype)
@@ -94,6 +92,10 @@ class Bench:
         self.rows.append(cells)
         print(" | ".join(cells), flush=True)
 
+    def say(self, line: str) -> None:
+        self.rows.append([line, "", "", "", "", "", "", ""])
+        print(line, flush=True)
+
     def table(self) -> str:
         head = ["what", "ours", "theirs", "who", "ratio", "goal", "difference", "system"]
         return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *self.rows])
@@ -130,21 +132,23 @@ def clip(b: Bench) -> None:
 
 # ---- whole processes ---------------------------------------------------------------------------------------------
 
-LOAD = """
+PEAK = """
+def peak_megabytes():
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024
+"""
+LOAD = PEAK + """
 import json, sys, time
 import isadca.loading
-from benchmark_others import peak_megabytes
 began = time.perf_counter()
 model = isadca.load(sys.argv[1], ip_adapter="none", device="cpu", dtype="fp32")
 took = time.perf_counter() - began
 touched = sum(float(p.flatten()[0]) for net in (model.unet, model.vae, model.text) for p in net.parameters())
 print(json.dumps({"seconds": took, "MB": peak_megabytes()}))
 """
-VARY = """
+VARY = PEAK + """
 import sys
 from isadca.cli import main
 main(sys.argv[1:]) and exit("failed")
-from benchmark_others import peak_megabytes
 print(peak_megabytes())
 """
 
@@ -185,22 +189,22 @@ def cold(b: Bench) -> None:
 
 # ---- the method --------------------------------------------------------------------------------------------------
 
-def vary(b: Bench, method: isadca.Method, n: int = 1, steps: int = 50) -> torch.Tensor:
-    ref = isadca.invert(b.model, b.image, steps)
-    return isadca.vary(b.model, ref, "a lemon", method, range(n))[-1]
+def vary(b: Bench, method: isadca.Method, n: int = 1) -> list:
+    ref = isadca.invert(b.model, b.image, b.steps)
+    return isadca.vary(b.model, ref, "a lemon", method, range(n))
 
 
-def rival(b: Bench, n: int = 1) -> torch.Tensor:
-    chain = others.invert(b.pipe, b.pixels)
-    return [others.rival(b.pipe, chain, "a lemon") for _ in range(n)][-1]
+def rival(b: Bench, n: int = 1) -> list[torch.Tensor]:
+    chain = others.invert(b.pipe, b.pixels, b.steps)
+    return [others.rival(b.pipe, chain, "a lemon") for _ in range(n)]
 
 
 ATTENTION, NOISE = isadca.Method(mix="attention"), isadca.Method(mix="noise")
 
 
 def job(b: Bench) -> None:
-    b.compare("job, N = 1, attention mix", lambda: vary(b, ATTENTION), lambda: rival(b), "RIVAL, 250 rows")
-    b.compare("job, N = 1, noise mix", lambda: vary(b, NOISE), lambda: rival(b), "RIVAL, 250 rows")
+    b.compare("job, N = 1, attention mix", lambda: vary(b, ATTENTION), lambda: rival(b), "RIVAL, 5 rows a step")
+    b.compare("job, N = 1, noise mix", lambda: vary(b, NOISE), lambda: rival(b), "RIVAL, 5 rows a step")
 
 
 def many(b: Bench) -> None:
@@ -212,10 +216,35 @@ def many(b: Bench) -> None:
 
 
 def overhead(b: Bench) -> None:
-    """The paper's +2.63 %: the same loop without λ and DCA is ISA alone, without an image branch."""
-    alone = isadca.Method(lam=1.0, ip_scale=0.0)
-    b.compare("λ and DCA over ISA alone, attention mix", lambda: vary(b, ATTENTION), lambda: vary(b, alone), "ours")
-    b.compare("λ and DCA over ISA alone, noise mix", lambda: vary(b, NOISE), lambda: vary(b, alone), "ours")
+    """The paper's +2.63 %, of a guided step: without λ and DCA it is ISA alone, without an image branch."""
+    t = b.model.schedule.steps(b.steps)[b.steps // 2].t
+    ref = isadca.invert(b.model, b.image, 1)
+    ref = isadca.Reference(ref.image, ref.chain[[0] * (b.steps + 1)])
+    [seen] = [seen for seen in isadca.replay(b.model, ref, lambda each: each == t) if seen]
+    often = 1 if b.model.size >= 512 else 20
+
+    def steps_of(method: isadca.Method) -> Callable:
+        told = condition(b.model, ref, isadca.Run("a lemon", method))
+        return lambda: [predict(b.model, ref.chain[:1], t, told, seen, method, attend).mixed for _ in range(often)]
+    alone = steps_of(isadca.Method(lam=1.0, ip_scale=0.0))
+    b.compare("λ and DCA over ISA alone, a step, attention mix", steps_of(ATTENTION), alone, "ours")
+    b.compare("λ and DCA over ISA alone, a step, noise mix", steps_of(NOISE), alone, "ours")
+
+
+def chunks(b: Bench) -> None:
+    """The replay, by how many steps go through the UNet at once; and the keys and values that a chunk holds."""
+    ref = isadca.invert(b.model, b.image, 1)
+    ref = isadca.Reference(ref.image, ref.chain[[0] * (b.steps + 1)])
+
+    def run(m: int) -> float:
+        largest = 0
+        for seen in isadca.replay(b.model, ref, at_once=m):
+            largest = max(largest, sum(x.numel() * x.element_size() for pair in seen.kv.values() for x in pair))
+        return m * largest / 2**20
+    for m in (m for m in (1, 5, 10, 50) if m <= b.steps):
+        held = run(m)
+        took = statistics.median(b.seconds(lambda: run(m)) for _ in range(b.rounds))
+        b.say(f"replay, {m} steps at once: {took / b.steps:.3g} s a step, {held:.0f} MiB of keys and values")
 
 
 def growth(b: Bench) -> None:
@@ -233,37 +262,11 @@ def growth(b: Bench) -> None:
         slope, offset = statistics.linear_regression(xs, times)
         measured = ", ".join(f"{x}: {t:.2f} s" for x, t in zip(xs, times))
         line = f"{name}: {measured}; about {offset:.2f} s + {slope:.3g} s × {name}"
-        b.rows.append([line, "", "", "", "", "", "", ""])
-        print(line, flush=True)
+        b.say(line)
 
 
 MEASURES = {"unet": unet, "vae": vae, "clip": clip, "load": load, "cold": cold, "job": job, "n": many,
-            "overhead": overhead, "growth": growth}
-
-
-# ---- SD1.5 at its true shapes ------------------------------------------------------------------------------------
-
-def random_sd15(folder: Path) -> Path:
-    """A folder in SD1.5's layout with random weights, written once: enough for time and memory."""
-    if (folder / "model_index.json").exists():
-        return folder
-    from demo_files import config_json, save_pipeline
-    networks = {"unet": (UNet, UNetConfig()), "vae": (VAE, VAEConfig()), "text_encoder": (CLIPText, CLIPTextConfig()),
-                "image_encoder": (CLIPVision, CLIPVisionConfig())}
-    for name, (cls, config) in networks.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        net = cls(config)
-        file = "diffusion_pytorch_model" if name in ("unet", "vae") else "model"
-        save_file({key: x.contiguous() for key, x in net.state_dict().items()}, folder / name / f"{file}.safetensors")
-        settings = config_json(config) | ({"norm_num_groups": 32} if name in ("unet", "vae") else {})
-        (folder / name / "config.json").write_text(json.dumps(settings))
-        del net
-    tokenizer = default_weights().parent / "tokenizer"
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    for file in tokenizer.iterdir():
-        (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
-    save_pipeline(folder)
-    return folder
+            "overhead": overhead, "chunks": chunks, "growth": growth}
 
 
 def main() -> None:
@@ -273,13 +276,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--what", default=",".join(MEASURES), help="some of %(default)s")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=50, help="of a job (%(default)s); the cold job has 50")
     parser.add_argument("--sd15", type=Path, default=Path(tempfile.gettempdir()) / "isadca-sd15",
                         help="where the random weights of --size sd15 are kept, 7 GB (%(default)s)")
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     folder = (default_weights() if args.size == "demo" else random_sd15(args.sd15)).resolve()
-    bench = Bench(folder, args.device, args.dtype, args.rounds)
+    bench = Bench(folder, args.device, args.dtype, args.rounds, args.steps)
     for name in args.what.split(","):
         MEASURES[name](bench)
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} threads"
