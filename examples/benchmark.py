@@ -12,6 +12,7 @@ in the kernel, which is where an allocator that returns its pages shows.
 import argparse
 import datetime
 import gc
+import inspect
 import json
 import platform
 import resource
@@ -35,7 +36,6 @@ from isadca.images import clip_pixels, to_tensor
 from isadca.loading import default_weights
 from isadca.variation import condition, predict
 
-WHAT = ("unet", "vae", "clip", "load", "cold", "memory", "job", "n", "overhead", "chunks", "growth")
 HERE = Path(__file__).resolve().parent
 REF = HERE / "cat.png"
 GOALS = {"UNet, one forward, batch 1": "0.8 (demo), 0.95 (sd15)", "load": "0.5", "cold job": "0.5",
@@ -132,10 +132,7 @@ def clip(b: Bench) -> None:
 
 # ---- whole processes ---------------------------------------------------------------------------------------------
 
-PEAK = """
-def peak_megabytes():
-    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024
-"""
+PEAK = "from pathlib import Path\n" + inspect.getsource(others.peak_megabytes)  # its module imports diffusers
 LOAD = PEAK + """
 import json, sys, time
 import isadca.loading
@@ -215,11 +212,16 @@ def many(b: Bench) -> None:
               "RIVAL, 16 times")
 
 
+def still(b: Bench) -> isadca.Reference:
+    """A chain of one latent: it costs a step what an inverted one does, and takes no inversion."""
+    ref = isadca.invert(b.model, b.image, 1)
+    return isadca.Reference(ref.image, ref.chain[[0] * (b.steps + 1)])
+
+
 def overhead(b: Bench) -> None:
     """The paper's +2.63 %, of a guided step: without λ and DCA it is ISA alone, without an image branch."""
     t = b.model.schedule.steps(b.steps)[b.steps // 2].t
-    ref = isadca.invert(b.model, b.image, 1)
-    ref = isadca.Reference(ref.image, ref.chain[[0] * (b.steps + 1)])
+    ref = still(b)
     [seen] = [seen for seen in isadca.replay(b.model, ref, lambda each: each == t) if seen]
     often = 1 if b.model.size >= 512 else 20
 
@@ -233,8 +235,7 @@ def overhead(b: Bench) -> None:
 
 def chunks(b: Bench) -> None:
     """The replay, by how many steps go through the UNet at once; and the keys and values that a chunk holds."""
-    ref = isadca.invert(b.model, b.image, 1)
-    ref = isadca.Reference(ref.image, ref.chain[[0] * (b.steps + 1)])
+    ref = still(b)
 
     def run(m: int) -> float:
         largest = 0
@@ -261,8 +262,7 @@ def growth(b: Bench) -> None:
                             ("pixels", [side**2 for side in sides], [at(side=side) for side in sides])]:
         slope, offset = statistics.linear_regression(xs, times)
         measured = ", ".join(f"{x}: {t:.2f} s" for x, t in zip(xs, times))
-        line = f"{name}: {measured}; about {offset:.2f} s + {slope:.3g} s × {name}"
-        b.say(line)
+        b.say(f"{name}: {measured}; about {offset:.2f} s + {slope:.3g} s × {name}")
 
 
 MEASURES = {"unet": unet, "vae": vae, "clip": clip, "load": load, "cold": cold, "job": job, "n": many,

@@ -121,7 +121,8 @@ def branches(controls: Controls) -> list[Attend]:
 
 
 def isa_of(controls: Controls, weight: float = 1.0) -> Attend:
-    """The ISA branch: in the method's layers, reference alone or reference and self, as its thresholds say."""
+    """The ISA branch: in the method's layers, reference alone or reference and self, as its thresholds say.
+    `weight` below 1 blends plain attention into it."""
     method, kernel = controls.method, controls.kernel
     mode = "replace" if controls.t > method.replace_above else "append"
     attend_isa = blend_isa(controls.ref_kv, weight, mode, kernel)
