@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import isadca
-from isadca.images import contact_sheet
+from isadca.common.sheets import contact_sheet
 
 TILE = 128
 

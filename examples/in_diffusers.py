@@ -14,9 +14,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import isadca
-from isadca.layers import merge_heads, split_heads
-from isadca.loading import default_weights
-from isadca.variation import condition
+from isadca.loading.load import default_weights
+from isadca.loop import condition
+from isadca.networks.layers import merge_heads, split_heads
 
 
 class AttendProcessor:

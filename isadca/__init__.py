@@ -11,13 +11,14 @@ __version__ = "0.1.0"
 
 _HOME = {"attention": ["Site", "attend", "attend_reference", "attention_probs", "blend", "by_kind", "by_rows",
                        "capture", "dca", "isa", "where"],
-         "config": ["Problem"],
-         "images": ["load_image", "save_png"],
          "methods": ["Cosine", "Linear", "Method", "PRESETS"],
-         "loading": ["load"],
-         "model": ["Model"],
-         "reference": ["Reference", "invert", "load_reference", "reconstruct", "replay", "save_reference"],
-         "variation": ["Controls", "Run", "decode", "sample", "vary"]}
+         "reference": ["Reference", "invert", "reconstruct", "replay"],
+         "loop": ["Controls", "Run", "decode", "sample", "vary"],
+         "networks.model": ["Model"],
+         "loading.load": ["load"],
+         "common.images": ["load_image", "save_png"],
+         "common.problem": ["Problem"],
+         "app.saved_reference": ["load_reference", "save_reference"]}
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE)
 

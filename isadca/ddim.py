@@ -7,12 +7,23 @@ References: DDIM, arXiv 2010.02502 (Eq. 12 there); the paper, Eqs. 2-4 and 10.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .config import Problem, ScheduleConfig
+from .common.problem import Problem
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    train_steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    steps_offset: int = 1
+    alpha_to_one: bool = False                                 # level "before t=0": alpha_bar 1 instead of alpha_bar[0]
 
 
 class Step(NamedTuple):

@@ -1,13 +1,13 @@
 """The systems as values: every knob of the sampling loop in one frozen dataclass, and the presets with their source.
 
-The loop is in variation.py. `t` counts training steps, from 1000 (noise) down to 0.
+The loop is in loop.py. `t` counts training steps, from 1000 (noise) down to 0.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .config import Problem
+from .common.problem import Problem
 
 Lambda = float | Callable[[int, int], float]  # a constant, or a function of (t, T)
 
@@ -98,23 +98,6 @@ class Cosine:
 
     def __call__(self, t: int, T: int) -> float:
         return self.last + (self.first - self.last) * (1 - math.cos(math.pi * t / T)) / 2
-
-
-def parse_lam(text: str) -> Lambda:
-    """"0.7", "linear:1:0.3" or "cosine:1:0" -> λ. Raises Problem."""
-    shapes = {"linear": Linear, "cosine": Cosine}
-    try:
-        kind, *numbers = text.split(":")
-        if kind in shapes:
-            first, last = map(float, numbers)
-            value = shapes[kind](first, last)
-        else:
-            first = last = value = float(text)
-    except ValueError:
-        raise Problem(f"lam is {text!r}, expected a number such as 0.7, or linear:1:0.3, or cosine:1:0") from None
-    if not (0 <= first <= 1 and 0 <= last <= 1):
-        raise Problem(f"lam is {text}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
-    return value
 
 
 ISADCA = Method()

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 import isadca
-from isadca.clip import CLIPText, CLIPVision
-from isadca.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from isadca.ddim import Schedule
-from isadca.ip_adapter import IPAdapter
-from isadca.model import Model
-from isadca.tokenizer import Tokenizer
-from isadca.unet import UNet
-from isadca.vae import VAE
+from isadca.networks.clip import CLIPText, CLIPVision
+from isadca.networks.ip_adapter import IPAdapter
+from isadca.networks.model import Model
+from isadca.networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from isadca.networks.tokenizer import Tokenizer
+from isadca.networks.unet import UNet
+from isadca.networks.vae import VAE
 
 torch.set_num_threads(1)  # the tensors are small, and tests often share the machine
 

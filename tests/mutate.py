@@ -22,10 +22,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "isadca"
 TESTS = {  # fastest first: the first failure ends a mutant
-    "attention.py": ["test_attention.py", "test_attention_identities.py", "test_variation.py", "test_batches.py"],
-    "ddim.py": ["test_ddim.py", "test_reference.py"],
-    "ip_adapter.py": ["test_ip_adapter.py", "test_traps.py", "test_variation.py"],
-    "variation.py": ["test_variation.py", "test_batches.py", "test_rival.py", "test_cli.py"],
+    "attention.py": ["heart/test_attention.py", "heart/test_attention_identities.py", "heart/test_loop.py",
+                     "heart/test_batches.py"],
+    "ddim.py": ["heart/test_ddim.py", "heart/test_reference.py"],
+    "networks/ip_adapter.py": ["networks/test_ip_adapter.py", "networks/test_traps.py", "heart/test_loop.py"],
+    "loop.py": ["heart/test_loop.py", "heart/test_batches.py", "heart/test_rival.py", "app/test_cli.py"],
 }
 SECONDS = 240  # a mutant that takes longer counts as noticed: it hangs
 
@@ -101,7 +102,7 @@ class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Gives isadca.<name> the mutated source."""
 
     def __init__(self, file: str, source: str):
-        self.name, self.source = f"isadca.{file.removesuffix('.py')}", source
+        self.name, self.source = f"isadca.{file.removesuffix('.py').replace('/', '.')}", source
 
     def find_spec(self, name, path, target=None):
         return importlib.util.spec_from_loader(name, self) if name == self.name else None
@@ -152,7 +153,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.list:
         os.environ["HF_HUB_OFFLINE"] = "1"
-        import diffusers, hypothesis, torch, transformers  # noqa: E401, F401 - loaded once, before the forks
+        import diffusers  # noqa: F401 - loaded once, before the forks
+        import hypothesis  # noqa: F401
+        import torch
+        import transformers  # noqa: F401
         torch.set_num_threads(1)
     excuses, total, survived, unexcused = accepted(), 0, 0, 0
     for file in args.files:

@@ -9,75 +9,10 @@ import sys
 
 import pytest
 from conftest import ROOT
+from house import (DISTRIBUTIONS, EACH_MODULE, EQUATIONS, FUNCTIONS, LADDER, SOURCES, THIRD_PARTY, TREES, cited,
+                   functions, imports, outside, room)
 
 import isadca
-
-PACKAGE = ROOT / "isadca"
-SOURCES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path
-           for path in sorted(PACKAGE.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
-EACH_MODULE = pytest.mark.parametrize("module", SOURCES)
-
-# which function is which equation of the paper
-EQUATIONS = {2: "ddim.add_noise", 3: "ddim.step", 4: "ddim.inverse_step", 5: "attention.isa",
-             6: "attention.attend_reference", 7: "ip_adapter.IPAdapter.keys_values", 8: "attention.dca",
-             9: "variation.predict", 10: "ddim.step"}
-NUMBERS = re.compile(r"\bEqs?\.\s+(\d+(?:(?:\s*[-–,]\s*|\s+and\s+)\d+)*)")
-
-# a module imports from the rungs before its own only
-LADDER = [["config"], ["attention", "ddim", "methods"], ["layers"],
-          ["checkpoints", "clip", "images", "ip_adapter", "recipe", "tokenizer", "unet", "vae"],
-          ["convert", "fetch", "metrics", "model"],
-          ["loading"], ["reference"], ["variation"],
-          ["baselines.controlnet", "baselines.image_variations", "baselines.prior"], ["baselines.loading"],
-          ["baselines.systems", "scores"], ["evaluate", "explore"], ["report"], ["commands"], ["tools"],
-          ["cli"], ["__main__"]]
-THIRD_PARTY = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "tqdm", "huggingface_hub"}
-DISTRIBUTIONS = {"PIL": "pillow"}  # where it is not the module's name
-
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def functions(node, prefix: str):
-    """Every function below `node`, methods and inner functions too, with its dotted name."""
-    for child in ast.iter_child_nodes(node):
-        inner = prefix
-        if isinstance(child, (*FUNCTIONS, ast.ClassDef)):
-            inner = f"{prefix}.{child.name}"
-            if isinstance(child, FUNCTIONS):
-                yield inner, child
-        yield from functions(child, inner)
-
-
-def cited(text: str) -> set[int]:
-    """"Eq. 5", "Eqs. 3 and 10", "Eqs. 5-8" -> the numbers."""
-    found = set()
-    for group in NUMBERS.findall(text):
-        for part in re.split(r"\s*,\s*|\s+and\s+", group):
-            first, *last = map(int, re.split(r"\s*[-–]\s*", part))
-            found |= set(range(first, (last or [first])[0] + 1))
-    return found
-
-
-def imports(module: str) -> list[tuple[str, bool]]:
-    """(module, whether it is the package's own), lazy imports too. "" is the package itself."""
-    found, parts = [], module.split(".")
-    for node in ast.walk(TREES[module]):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, False) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            names = [alias.name if alias.name in SOURCES else "" for alias in node.names]
-            package = "".join(f"{part}." for part in parts[:-node.level])  # "" or "baselines."
-            found += [(name, True) for name in ([package + node.module] if node.module else names)]
-        elif isinstance(node, ast.ImportFrom):
-            found.append((node.module, False))
-    return found
-
-
-def outside(module: str) -> set[str]:
-    """Top-level names that a module imports beyond the standard library and the package."""
-    roots = {name.split(".")[0] for name, own in imports(module) if not own}
-    return roots - sys.stdlib_module_names
 
 
 # ---- text ----------------------------------------------------------------------------------------------------
@@ -128,9 +63,9 @@ def test_sizes(module):
 
 # ---- order ---------------------------------------------------------------------------------------------------
 
-def test_every_module_has_its_rung():
-    modules = {name for name in SOURCES if not name.endswith("__init__")}
-    assert sorted(sum(LADDER, [])) == sorted(modules), "put the new module on the ladder"
+def test_every_room_has_its_rung():
+    rooms = {room(module) for module in SOURCES if module != "__init__"}
+    assert sorted(sum(LADDER, [])) == sorted(rooms), "put the new room on the ladder"
 
 
 @EACH_MODULE
@@ -140,9 +75,20 @@ def test_nothing_imports_upward(module):
     if module.endswith("__init__"):
         assert own == set()
         return
-    rung = next(i for i, names in enumerate(LADDER) if module in names)
-    assert own <= ({"", *sum(LADDER[:rung], [])} if module != "attention" else set())
+    rung = next(i for i, rooms in enumerate(LADDER) if room(module) in rooms)
+    below = {"", room(module), *sum(LADDER[:rung], [])} if module != "attention" else set()
+    assert {room(name) for name in own} <= below
     assert "isadca" not in outside(module), "import relatively, so that a copy under another name works"
+
+
+def test_no_room_has_a_circle():
+    """Files of one folder stand on a ladder of their own."""
+    needs = {module: {name for name, ours in imports(module) if ours and room(name) == room(module)}
+             for module in SOURCES}
+    while free := [module for module, names in needs.items() if not names & needs.keys()]:
+        for module in free:
+            del needs[module]
+    assert needs == {}
 
 
 @EACH_MODULE
@@ -161,7 +107,7 @@ def test_setup_declares_what_is_imported():
 def test_only_the_commands_print(module):
     calls = [node.lineno for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)
              and isinstance(node.func, ast.Name) and node.func.id == "print"]
-    assert calls == [] or module in ("commands", "tools", "cli")
+    assert calls == [] or module in ("app.commands", "app.tools", "app.cli")
 
 
 # ---- imports that run ------------------------------------------------------------------------------------------
@@ -179,7 +125,7 @@ def test_help_does_not_wait_for_torch(tmp_path):
     """Nor does --version, a command's help, or the message about a mistyped flag."""
     code = f"""
 import contextlib, io, sys
-from isadca.cli import main
+from isadca.app.cli import main
 for argv in ["--help"], ["--version"], ["vary", "--help"], ["sweep", "--nonsense"], []:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(SystemExit):
@@ -202,7 +148,7 @@ def test_a_cold_start_does_not_import_torchs_compiler(tmp_path):
     code = """
 import sys, isadca
 model = isadca.load(device="cpu")
-ref = isadca.invert(model, isadca.load_image(isadca.loading.default_weights() / "references/cat.png"), 1)
+ref = isadca.invert(model, isadca.load_image(isadca.loading.load.default_weights() / "references/cat.png"), 1)
 isadca.vary(model, ref, "a lemon")
 print([name for name in ("torch._dynamo", "sympy", "torch._inductor") if name in sys.modules])"""
     assert run_python(code, tmp_path) == "[]\n"

@@ -1,0 +1,48 @@
+"""SD1.5 at its true shapes with random weights, 7 GB: enough for time and memory. For benchmark.py."""
+
+import json
+from pathlib import Path
+
+from demo_files import config_json, save_pipeline
+from safetensors.torch import save_file
+
+from isadca.loading.load import default_weights
+from isadca.networks.clip import CLIPText, CLIPVision
+from isadca.networks.ip_adapter import IPAdapter, numbered
+from isadca.networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from isadca.networks.unet import UNet
+from isadca.networks.vae import VAE
+
+
+def random_sd15(folder: Path) -> Path:
+    """A folder in SD1.5's layout, with an IP-Adapter and its image encoder; written once."""
+    if (folder / "model_index.json").exists():
+        return folder
+    networks = {"unet": (UNet, UNetConfig()), "vae": (VAE, VAEConfig()), "text_encoder": (CLIPText, CLIPTextConfig()),
+                "image_encoder": (CLIPVision, CLIPVisionConfig())}
+    for name, (cls, config) in networks.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        net = cls(config)
+        file = "diffusion_pytorch_model" if name in ("unet", "vae") else "model"
+        save_file({key: x.contiguous() for key, x in net.state_dict().items()}, folder / name / f"{file}.safetensors")
+        settings = config_json(config) | ({"norm_num_groups": 32} if name in ("unet", "vae") else {})
+        (folder / name / "config.json").write_text(json.dumps(settings))
+        if name == "unet":
+            save_file(IPAdapter(adapter_shapes(net)).state_dict(), folder / "ip-adapter_sd15.safetensors")
+        del net
+    tokenizer = default_weights().parent / "tokenizer"
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for file in tokenizer.iterdir():
+        (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    save_pipeline(folder)
+    return folder
+
+
+def adapter_shapes(unet: UNet, tokens: int = 4, embed_dim: int = 1024) -> dict[str, tuple[int, ...]]:
+    """Those of ip-adapter_sd15.safetensors."""
+    context = unet.config.context_dim
+    shapes = {"image_proj.proj.weight": (tokens * context, embed_dim), "image_proj.norm.weight": (context,)}
+    for number, site in numbered(unet.sites).items():
+        wide = unet.get_submodule(site.name).to_q.out_features
+        shapes |= {f"ip_adapter.{number}.to_{x}_ip.weight": (wide, context) for x in "kv"}
+    return shapes

@@ -1,0 +1,190 @@
+"""One run of the method seen from inside, as one HTML file: `look_inside` collects, `page` embeds.
+
+Everything is observed from outside the loop: attention through the seam (`Record` is a kernel), the branches' noise
+through `on_step`. The page itself, with its CSS and JavaScript, is explore.html beside this file.
+
+Shapes: N queries and M keys of one attention map; h × w its grid.
+"""
+
+import base64
+import json
+from io import BytesIO
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .. import __version__
+from ..attention import Site, attend, attention_probs
+from ..common.images import clip_pixels, to_tensor
+from ..common.problem import Problem
+from ..common.progress import Progress, silent
+from ..ddim import predict_x0
+from ..evaluation.metrics import clip_similarity, ssim
+from ..loading.checkpoints import load_into
+from ..loading.load import build, find_part
+from ..loop import Noise, Run, decode, sample
+from ..methods import Method
+from ..networks.clip import CLIPText
+from ..networks.model import Model
+from ..reference import Reference, reconstruct, replay
+
+LAMS = [i / 10 for i in range(11)]
+CHAIN = 5      # latents of the inversion chain on the page
+MOMENTS = 4    # steps whose attention is kept
+GRID = 16      # cells a side of an attention map: larger ones are averaged, so that a page of SD1.5 stays small
+SIDE = 256     # pixels a side of a picture
+
+
+class Record:
+    """A kernel that keeps the attention of the text-guided half, mean over heads, until it is asked for it.
+
+    looks[site] (N,2N): ISA's, over [reference, self]; words[site]: (N,M) of the prompt, one from each branch.
+    """
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.clear()
+
+    def clear(self) -> None:
+        self.looks: dict[Site, Tensor] = {}
+        self.words: dict[Site, list[Tensor]] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        if site.kind == "self" and k.shape[2] == 2 * q.shape[2]:
+            self.looks[site] = _probs(q, k)
+        elif site.kind == "cross" and k.shape[2] == self.tokens:  # the image prompt has fewer or more tokens
+            self.words.setdefault(site, []).append(_probs(q, k))
+        return attend(q, k, v, site)
+
+
+def _probs(q: Tensor, k: Tensor) -> Tensor:
+    """The last row, a text-guided one: (B,H,N,d), (B,H,M,d) -> (N,M), head by head for memory."""
+    heads = q.shape[1]
+    return sum(attention_probs(q[-1:, [h]], k[-1:, [h]])[0, 0].float() for h in range(heads)) / heads
+
+
+def method_at(lam: float) -> Method:
+    """What is looked into. Raises Problem for a λ at which one of the branches would not be computed."""
+    if not 0 < lam < 1:
+        raise Problem(f"lam is {lam}, expected more than 0 and less than 1; at the ends one branch is all")
+    return Method(lam=lam)
+
+
+def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progress: Progress = silent) -> dict:
+    """All that the page shows, as JSON: the run of `method` step by step, and the final pictures over λ."""
+    words = model.tokenizer.words(prompt)
+    grid = model.schedule.steps(ref.steps)
+    moments, chain = _spread(ref.steps - 1, MOMENTS), _spread(ref.steps, CHAIN + 1)[1:]
+    record, branches, attention = Record(model.text.config.max_tokens), [], []
+
+    def on_step(run: Run, t: int, z: Tensor, noise: Noise) -> None:
+        if len(branches) in moments:
+            attention.append({"t": t} | attention_maps(record, [rows for _, rows in words]))
+        branches.append([predict_x0(z, eps, model.schedule.alpha_bar(t)) for eps in noise])
+        record.clear()
+
+    [z] = sample(model, ref, [Run(prompt, method)], replay(model, ref), kernel=record, on_step=on_step,
+                 progress=progress)
+    show = lambda latents: [uri(image) for image in decode(model, latents)]
+    return {"version": __version__, "prompt": prompt, "words": [word for word, _ in words], "lam": method.lam,
+            "guidance": method.guidance, "size": ref.image.width, "times": [step.t for step in grid],
+            "reference": uri(ref.image), "reconstruction": uri(reconstruct(model, ref, progress=progress)),
+            "chain": [{"t": grid[-i].t, "picture": picture} for i, picture in zip(chain, show(ref.chain[chain]))],
+            "x0": {name: show(torch.cat(x0)) for name, x0 in zip(Noise._fields, zip(*branches))},
+            "variation": show(z)[0], "attention": attention, "lams": LAMS, **over_lam(model, ref, prompt, progress)}
+
+
+def attention_maps(record: Record, rows: list[list[int]]) -> dict:
+    """One step's maps, per level the mean over its layers: where each query looks, where each word acts.
+
+    `rows` are each word's rows of the context. Also the share of every layer's attention that the reference gets.
+    """
+    levels, layers = [], []
+    for hw in sorted({site.hw for site in record.looks}, reverse=True):
+        looks = [p for site, p in record.looks.items() if site.hw == hw]
+        cross = torch.stack([p for site, both in record.words.items() if site.hw == hw for p in both]).mean(0)
+        words = [pooled(cross[:, r].sum(1)[None], hw)[0] for r in rows]
+        h, w = (min(side, GRID) for side in hw)
+        levels.append({"hw": hw, "grid": (h, w), "looks": packed(pooled_both(torch.stack(looks).mean(0), hw)),
+                       "words": packed(torch.stack(words)) if words else ""})
+    for site, p in record.looks.items():
+        layers.append({"layer": site.layer, "place": site.place, "hw": site.hw,
+                       "share": round(p[:, : len(p)].sum(1).mean().item(), 4)})
+    return {"levels": levels, "layers": layers}
+
+
+def pooled(x: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Maps (R,h·w) averaged to at most GRID × GRID cells."""
+    return F.adaptive_avg_pool2d(x.view(-1, 1, *hw), [min(side, GRID) for side in hw]).flatten(1)
+
+
+def pooled_both(p: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Rows over [reference, self], (N,2N) -> (n,2n), averaged over queries and keys; each sums to 1 again."""
+    p = pooled(p.reshape(-1, len(p)), hw).view(len(p), -1)  # keys
+    p = pooled(p.T, hw).T                                   # queries
+    return p / p.sum(1, keepdim=True)
+
+
+def packed(rows: Tensor) -> str:
+    """(R,n) -> base64, a byte a value: 255 √(value / its row's highest). The root keeps small weights apart."""
+    bytes_ = (255 * (rows / rows.amax(1, keepdim=True).clamp(min=1e-12)).sqrt()).round().to(torch.uint8)
+    return base64.b64encode(bytes_.cpu().numpy().tobytes()).decode()
+
+
+def over_lam(model: Model, ref: Reference, prompt: str, progress: Progress = silent) -> dict:
+    """The picture at every λ, for both places to mix, its distance to the reference and a similarity."""
+    runs = [Run(prompt, Method(lam=lam)) for lam in LAMS]
+    runs += [Run(prompt, Method(lam=lam, mix="attention")) for lam in LAMS[1:-1]]  # at both ends it is the same run
+    pictures = decode(model, torch.cat(sample(model, ref, runs, progress=progress)))
+    noise, inner = pictures[: len(LAMS)], pictures[len(LAMS):]
+    mixes = {"noise": noise, "attention": [noise[0], *inner, noise[-1]]}
+    label, similar = similarity(model, ref, prompt)
+    return {"similarity": label, "mixes": {mix: {
+        "pictures": [uri(p) for p in of], "similarity": [similar(p) for p in of] if label else None,
+        "distance": [round(1 - ssim(to_tensor(p), to_tensor(ref.image)).item(), 4) for p in of]}
+        for mix, of in mixes.items()}}
+
+
+def similarity(model: Model, ref: Reference, prompt: str):
+    """What pictures are compared with, and the function: the prompt where there is a CLIP text encoder of the image
+    encoder's, in `text_encoder_with_projection` beside it; else the reference; nothing ("") without an encoder."""
+    if model.vision is None:
+        return "", None
+    embed = lambda image: model.vision(clip_pixels(image, model.vision.config.image_size)
+                                       .to(model.device, model.dtype))[0]
+    text = paired_text(model)
+    to = text.embed(model.tokenizer([prompt]).to(model.device)) if text else embed(ref.image)
+    return "prompt" if text else "reference", lambda image: round(clip_similarity(embed(image), to).item(), 4)
+
+
+def paired_text(model: Model) -> CLIPText | None:
+    file = model.files.get("vision")
+    folder = file.parent.parent / "text_encoder_with_projection" if file else None
+    if folder is None or not folder.is_dir():
+        return None
+    part = find_part(folder, "text", model.dtype)
+    text = load_into(build(part), part, model.dtype, model.device)
+    return text if text.config.projection_dim == model.vision.config.projection_dim else None
+
+
+def uri(image: Image.Image) -> str:
+    """A picture as a data: URI, at most SIDE pixels a side: PNG where it is tiny, JPEG otherwise."""
+    image, file = image.copy(), BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    kind = "png" if max(image.size) <= 64 else "jpeg"
+    image.save(file, kind, quality=90)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _spread(last: int, n: int) -> list[int]:
+    """At most n whole numbers from 0 to `last`, evenly spaced."""
+    return sorted({round(i * last / (n - 1)) for i in range(n)})
+
+
+def page(data: dict) -> str:
+    """The template with `data` in it. "<" is escaped, so that no prompt can end the script element."""
+    template = Path(__file__).with_name("explore.html").read_text(encoding="utf-8")
+    return template.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))

@@ -1,0 +1,157 @@
+"""The published weights: listed in fetch.tsv by commit, size and sha256, downloaded, verified, then moved into place.
+
+huggingface_hub brings HF_ENDPOINT, HF_HUB_OFFLINE, tokens and the progress bar. Of its functions http_get is used, not
+hf_hub_download: that one starts again from nothing after a run that was cut off.
+"""
+
+import errno
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from ..common.files import sha256
+from ..common.problem import Problem
+
+
+class Pinned(NamedTuple):
+    """A line of fetch.tsv. It belongs to `names`; `file` lies under `folder` here as it does in the repository."""
+
+    names: tuple[str, ...]
+    folder: str
+    repository: str
+    revision: str  # a commit; a branch where no commit is known
+    file: str
+    size: int      # bytes
+    sha256: str    # "-" where it is not known
+
+    def target(self, to: Path) -> Path:
+        return to / self.folder / self.file
+
+
+def _read() -> list[Pinned]:
+    lines = Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").splitlines()[1:]
+    rows = [line.split("\t") for line in lines]
+    return [Pinned(tuple(row[0].split(",")), *row[1:5], int(row[5]), row[6]) for row in rows]
+
+
+PINNED = _read()
+
+
+def names() -> dict[str, int]:
+    """What can be fetched -> bytes."""
+    known = dict.fromkeys(name for item in PINNED for name in item.names)
+    return {name: sum(item.size for item in PINNED if name in item.names) for name in known}
+
+
+def wanted(asked: list[str]) -> list[Pinned]:
+    """The files of the named sets, each once; "all" is every set. Raises Problem for an unknown name."""
+    for name in asked:
+        if name not in (*names(), "all"):
+            raise Problem(f"{name!r} is nothing to fetch, expected all or some of {', '.join(names())}")
+    return [item for item in PINNED if "all" in asked or set(asked) & set(item.names)]
+
+
+def missing(items: list[Pinned], to: Path) -> list[Pinned]:
+    """The files that are not there yet. Raises Problem for one that is there and is another, and for a full disk."""
+    for item in items:
+        if item.target(to).exists() and (why := _differs(item, item.target(to))):
+            raise Problem(f"{item.target(to)}: is not the published file ({why}); move it away and fetch again")
+    absent = [item for item in items if not item.target(to).exists()]
+    resumed = sum(_part(item, to).stat().st_size for item in absent if _part(item, to).exists())
+    to_come = sum(item.size for item in absent) - resumed
+    here = next(folder for folder in (to.absolute(), *to.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(here).free
+    if to_come > free:
+        raise Problem(f"{to}: {to_come / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free; choose another --to")
+    return absent
+
+
+def fetch(item: Pinned, to: Path) -> None:
+    """Download one file. A download that is cut off leaves NAME.part, where the next one goes on. Raises Problem."""
+    part, target = _part(item, to), item.target(to)
+    try:
+        _download(item, part)
+        if why := _differs(item, part):
+            part.unlink()
+            raise Problem(f"{item.repository}/{item.file}: what came is not the pinned file ({why}) and was deleted; "
+                          "fetch again, or look at HF_ENDPOINT and proxies")
+        os.replace(part, target)
+    except Problem:
+        raise
+    except Exception as error:  # whatever HTTP library huggingface_hub is built on has its own
+        raise Problem(_explain(error, item, to)) from None
+
+
+def _part(item: Pinned, to: Path) -> Path:
+    return item.target(to).with_name(item.target(to).name + ".part")
+
+
+def _download(item: Pinned, part: Path) -> None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(item.repository, item.file, revision=item.revision)
+    offered = get_hf_file_metadata(url).size
+    if offered not in (None, item.size):
+        raise Problem(f"{item.repository}/{item.file}: {offered} bytes are offered, {item.size} are pinned; look at "
+                      "HF_ENDPOINT and proxies")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "ab") as file:
+        if file.tell() > item.size:
+            file.seek(0)
+            file.truncate()
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # the bytes that are counted and resumed
+        http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=item.size,
+                 displayed_filename=item.file)
+
+
+def _differs(item: Pinned, path: Path) -> str:
+    """Why a file is not the pinned one; "" if it is. Where no checksum is known the size decides."""
+    if not path.is_file():
+        return "not a file"
+    if path.stat().st_size != item.size:
+        return f"{path.stat().st_size} bytes, expected {item.size}"
+    found = sha256(path) if item.sha256 != "-" else "-"
+    return "" if found == item.sha256 else f"sha256 {found[:12]}..., expected {item.sha256[:12]}..."
+
+
+def _explain(error: Exception, item: Pinned, to: Path) -> str:
+    """One line: what went wrong, and what to do."""
+    what, again = f"{item.repository}/{item.file}", "fetch again, it goes on where it stopped"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return f"{what}: HF_HUB_OFFLINE is set; unset it, or put the file at {item.target(to)}"
+    if status in (401, 403):
+        return (f"{what}: not open to you ({status}); accept its terms at https://huggingface.co/{item.repository} and "
+                "log in with: hf auth login (or set HF_TOKEN)")
+    if status == 404:
+        return f"{what}: not there at {item.revision} (404); look at HF_ENDPOINT"
+    if status:
+        return f"{what}: the server answered {status}; {again}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{item.target(to)}: the disk is full; make room, then {again}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: cannot write there ({error.strerror}); choose another --to"
+    return f"{what}: the download broke off ({str(error).partition(chr(10))[0] or type(error).__name__}); {again}"
+
+
+def next_steps(items: list[Pinned], to: Path) -> list[str]:
+    """The commands to run once the files are there."""
+    targets = [item.target(to) for item in items]
+    steps = [f"isadca convert {shlex.quote(str(path))} -o {shlex.quote(str(path.with_suffix('.safetensors')))}"
+             for path in targets if path.suffix == ".bin"]
+    if not any(item.folder == "sd15" for item in items):
+        return steps
+    weights = [path for path in (to / "sd15", to / "sd15" / "v1-5-pruned-emaonly.safetensors")
+               if (path / "unet").is_dir() or path.is_file()]
+    if not weights:
+        return [*steps, f"isadca fetch sd15 --to {shlex.quote(str(to))}"]
+    flags = ["--weights", str(weights[0])]
+    for flag, start in [("--ip-adapter", "ip-adapter"), ("--vae", "vae-ft-mse")]:
+        files = [path for path in targets if path.name.startswith(start)]
+        if len(files) == 1 and files[0].name != "ip-adapter_sd15.safetensors":  # which is found by itself
+            flags += [flag, str(files[0])]
+    return [*steps, f"isadca vary PICTURE PROMPT -o out.png {shlex.join(flags)}"]

@@ -1,0 +1,48 @@
+"""A reference as a safetensors file."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..common.files import atomic_write
+from ..common.problem import Problem
+from ..reference import Reference
+
+
+def save_reference(ref: Reference, path: str | Path, weights: str) -> None:
+    """Write a reference as safetensors; `weights` is the fingerprint of the model that made it."""
+    tensors = {"chain": ref.chain.contiguous().cpu(), "image": torch.from_numpy(np.array(ref.image))}
+    about = {"format": "isadca reference 1", "prompt": ref.prompt, "weights": weights}
+    try:
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, about)
+    except SafetensorError as error:  # a full disk, for one
+        raise Problem(f"{path}: cannot write there ({error}); choose another -o") from None
+
+
+def load_reference(path: str | Path, weights: str, device: torch.device | str = "cpu") -> Reference:
+    """Read a saved reference. Raises Problem for another kind of file and for one that other weights made."""
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != "isadca reference 1":
+                raise Problem(f"{path}: not a reference; make one with: isadca invert PICTURE -o {path.name}")
+            chain, pixels = file.get_tensor("chain"), file.get_tensor("image")
+    except FileNotFoundError:
+        raise Problem(f"{path}: no such file; make one with: isadca invert PICTURE -o {path.name}") from None
+    except (OSError, SafetensorError) as error:
+        raise Problem(f"{path}: not a whole safetensors file ({error}); invert the picture again") from None
+    if about.get("weights") != weights:
+        raise Problem(f"{path}: was inverted with other weights (sha256 {about.get('weights', '')[:12]}, these are "
+                      f"{weights[:12]}); invert the picture again with these")
+    h, side = chain.shape[-1:], pixels.shape[:1]
+    if (chain.shape[1:] != (4, *h, *h) or len(chain) < 2 or pixels.shape != (*side, *side, 3) or 0 in (*h, *side)
+            or side[0] % h[0] or chain.dtype not in (torch.float32, torch.float64) or pixels.dtype != torch.uint8
+            or not chain.isfinite().all()):
+        raise Problem(f"{path}: a damaged reference; invert the picture again")
+    return Reference(Image.fromarray(pixels.numpy()), chain.to(device), about.get("prompt", ""))

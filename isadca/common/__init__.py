@@ -1,0 +1,1 @@
+"""What every room uses: problems, progress, files, pictures, sheets."""

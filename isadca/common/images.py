@@ -1,0 +1,111 @@
+"""Pictures in and out: PIL <-> tensors, the two resize rules, PNG metadata.
+
+Pixels are RGB. Tensors are (B,3,H,W): in [-1,1] for the VAE, normalised by CLIP's mean and std for the encoder.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from .files import atomic_write
+from .problem import Problem
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+RECIPE_KEY = "isadca"  # the PNG text chunk that holds the recipe
+
+
+def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None) -> Image.Image:
+    """A picture file as RGB, turned upright by its EXIF tag, transparency composited on white.
+
+    `tell` is told what of it is not seen. Raises Problem for what is not a readable picture.
+    """
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old cameras' EXIF and the like
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as file:
+                if getattr(file, "is_animated", False):
+                    tell(f"{path} holds {file.n_frames} pictures; the first is used")
+                image = _rgb(ImageOps.exif_transpose(file), lambda text: tell(f"{path}: {text}"))
+    except FileNotFoundError:
+        raise Problem(f"{path}: no such picture; check the path") from None
+    except IsADirectoryError:
+        raise Problem(f"{path}: is a folder, expected a picture") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise Problem(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
+    except Image.UnidentifiedImageError:
+        raise Problem(f"{path}: not a picture that can be read; convert it to one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        reason = getattr(error, "strerror", None)  # only the file system's errors have one
+        raise Problem(f"{path}: cannot be read ({reason})" if reason else
+                      f"{path}: the picture is damaged ({error}); save it anew") from None
+    if max(image.size) > 50 * min(image.size):
+        raise Problem(f"{path}: is {image.width}×{image.height}, more than 50 times as long as wide; crop it first")
+    return image
+
+
+def _rgb(image: Image.Image, tell: Callable[[str], None] = lambda text: None) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, PIL would clip
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            tell("what is transparent becomes white")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, size: int, how: str = "crop") -> Image.Image:
+    """To size × size (bicubic; untouched where it already is). What is not square is cut to its centre ("crop"),
+    distorted ("squash") or given white borders ("pad"). Gives RGB."""
+    image = _rgb(image)
+    short, long = sorted(image.size)
+    if how == "crop":
+        left, top = (image.width - short) // 2, (image.height - short) // 2
+        image = image.crop((left, top, left + short, top + short))
+    elif how == "pad":
+        image = ImageOps.pad(image, (long, long), color="white")
+    elif how != "squash":
+        raise Problem(f"fit is {how!r}, expected crop, squash or pad")
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """PIL -> (1,3,H,W) in [-1,1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_images(x: Tensor) -> list[Image.Image]:
+    """(B,3,H,W) in [-1,1] -> PIL, clipped and rounded to 8 bits."""
+    pixels = ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu()]
+
+
+def clip_pixels(image: Image.Image, size: int) -> Tensor:
+    """PIL -> what CLIP's image encoder reads, (1,3,size,size): shortest side to `size` (bicubic, antialiased),
+    centre crop, normalise. The same as transformers' CLIPImageProcessor on PIL."""
+    image = _rgb(image)
+    short = min(image.size)
+    resized = image.resize((size * image.width // short, size * image.height // short), Image.Resampling.BICUBIC)
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    x = torch.from_numpy(np.array(resized.crop((left, top, left + size, top + size)))).permute(2, 0, 1)[None]
+    mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    return (x.float() / 255 - mean) / std
+
+
+def save_png(image: Image.Image, path: str | Path, recipe: dict | None = None) -> None:
+    """Write a PNG whole or not at all (temporary file, then rename), with the recipe as a text chunk."""
+    info = PngImagePlugin.PngInfo()
+    if recipe is not None:
+        info.add_itxt(RECIPE_KEY, json.dumps(recipe))  # ASCII: a path may hold bytes that are not UTF-8
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)

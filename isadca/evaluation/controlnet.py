@@ -1,0 +1,106 @@
+"""ControlNet: a copy of the UNet's way down that reads a hint picture and corrects the UNet's skips.
+
+Attribute names are diffusers' checkpoint keys. The paper's comparison uses ControlNet 1.1 Shuffle, whose hint is the
+reference with its content shuffled and whose residuals are averaged over the grid: it transfers style, not layout.
+
+References: ControlNet, arXiv 2302.05543; lllyasviel/ControlNet-v1-1. Shapes: as in unet.py; a hint is (B,3,H,W).
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..attention import Attend, attend as plain_attend
+from ..common.images import fit, to_tensor
+from ..common.progress import Progress, silent
+from ..ddim import step
+from ..loop import decode, guide
+from ..networks.model import Model
+from ..networks.sizes import UNetConfig
+from ..networks.unet import Descent
+
+
+class HintEncoder(nn.Module):
+    """Pixels in [0,1] to the UNet's first activation, halving the grid at every other convolution."""
+
+    def __init__(self, channels: tuple[int, ...], c_out: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for c, wider in zip(channels, channels[1:]):
+            self.blocks += [nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, wider, 3, padding=1, stride=2)]
+        self.conv_out = nn.Conv2d(channels[-1], c_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.conv_in(x))
+        for conv in self.blocks:
+            x = F.silu(conv(x))
+        return self.conv_out(x)
+
+
+class ControlNet(Descent):
+    """`hint_channels`: one more than the halvings between a pixel and a latent cell; SD1.5's are the default."""
+
+    def __init__(self, config: UNetConfig = UNetConfig(), hint_channels: tuple[int, ...] = (16, 32, 96, 256)):
+        super().__init__(config)
+        self.controlnet_cond_embedding = HintEncoder(hint_channels, config.channels[0])
+        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in self.skip_channels)
+        self.controlnet_mid_block = nn.Conv2d(config.channels[-1], config.channels[-1], 1)
+
+    def forward(self, z: Tensor, t: Tensor | int, context: Tensor, hint: Tensor, pooled: bool = False,
+                scale: float = 1.0, attend: Attend = plain_attend) -> list[Tensor]:
+        """What to add to the UNet's skips, and last to its middle; 13 tensors for SD1.5.
+
+        `pooled` replaces each by its mean over the grid, (B,C,1,1), as the Shuffle model was trained.
+        """
+        x = self.conv_in(z) + self.controlnet_cond_embedding(hint)
+        x, skips = self.descend(x, self.embed_time(z, t), context, attend)
+        residuals = [conv(skip) * scale for conv, skip in zip(self.controlnet_down_blocks, skips)]
+        residuals.append(self.controlnet_mid_block(x) * scale)
+        return [r.mean((2, 3), keepdim=True) for r in residuals] if pooled else residuals
+
+
+def restyle(model: Model, controlnet: ControlNet, image: Image.Image, prompt: str, steps: int = 50,
+            guidance: float = 7.0, seed: int = 0, progress: Progress = silent) -> Image.Image:
+    """Text to image in the style of a picture, by DDIM: ControlNet Shuffle as its authors run it, with the hint
+    shuffled, the residuals pooled, and nothing on the unconditional half."""
+    device, side, latent = model.device, model.size, model.unet.config.sample_size
+    hint = (to_tensor(shuffle_content(fit(image, side), seed, cell=side // 2)) + 1) / 2
+    hint, context = hint.to(device, model.dtype), model.context(["", prompt])
+    z = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    z = z.to(device, torch.promote_types(model.dtype, torch.float32))
+    for t, t_prev in progress(model.schedule.steps(steps), "sampling"):
+        x = z.to(model.dtype)
+        residuals = on_text_half(controlnet(x, t, context[1:], hint, pooled=True))
+        eps = guide(model.unet(x.expand(2, -1, -1, -1), t, context, residuals=residuals).to(z.dtype), 2, guidance)
+        z = step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev))
+    return decode(model, z)[0]
+
+
+def on_text_half(residuals: list[Tensor]) -> list[Tensor]:
+    """Residuals for the guidance halves [unconditional, text]: none for the first, as the Shuffle model wants it."""
+    return [torch.cat([torch.zeros_like(r), r]) for r in residuals]
+
+
+def shuffle_content(image: Image.Image, seed: int, cell: int = 256) -> Image.Image:
+    """A picture with its parts moved about along smooth random fields: the Shuffle model's preprocessor.
+
+    Each pixel reads from a place that a noise field of `cell` pixels names, stretched to reach every place.
+    """
+    rng = np.random.default_rng(seed)
+    width, height = image.size
+    x, y = (smooth_noise(rng, width, height, cell) * (side - 1) for side in (width, height))
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
+    grid = torch.from_numpy(np.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], axis=-1))[None].float()
+    moved = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return Image.fromarray(moved[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
+def smooth_noise(rng: np.random.Generator, width: int, height: int, cell: int) -> np.ndarray:
+    """(height, width) in [0,1], both ends reached: uniform noise on a coarse grid, enlarged bicubically."""
+    coarse = rng.random((height // cell + 2, width // cell + 2), np.float32)
+    large = Image.fromarray(coarse).resize((width + 2 * cell, height + 2 * cell), Image.Resampling.BICUBIC)
+    field = np.asarray(large)[cell:cell + height, cell:cell + width]
+    return (field - field.min()) / (field.max() - field.min())

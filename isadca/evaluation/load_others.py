@@ -1,0 +1,139 @@
+"""The other systems' published files: from a path to the networks. Names and strictness as in the core's loading."""
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..common.problem import Problem
+from ..ddim import Schedule, ScheduleConfig
+from ..loading.checkpoints import IGNORED, UNET_RULES, Part, load_into, read_header, rename, without_values
+from ..loading.load import build, default_weights, find_part, pick_file, vae_dtype
+from ..networks.clip import CLIPText, CLIPVision
+from ..networks.model import Model
+from ..networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig
+from ..networks.tokenizer import Tokenizer
+from .controlnet import ControlNet
+from .prior import Prior, PriorConfig
+
+CONTROLNET_RULES = [
+    (r"^input_hint_block\.0\.", "controlnet_cond_embedding.conv_in."),
+    (r"^input_hint_block\.14\.", "controlnet_cond_embedding.conv_out."),
+    (r"^input_hint_block\.(\d+)\.", lambda m: f"controlnet_cond_embedding.blocks.{int(m[1]) // 2 - 1}."),
+    (r"^zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),
+    (r"^middle_block_out\.0\.", "controlnet_mid_block."),
+    *UNET_RULES]
+
+
+def load_controlnet(path: str | Path, config: UNetConfig = UNetConfig(), dtype: torch.dtype = torch.float32,
+                    device: torch.device | str = "cpu") -> ControlNet:
+    """A ControlNet file or folder, in diffusers' layout or LDM's. `config` is the UNet's that it belongs to: a
+    ControlNet copies its half. Raises Problem for other files and other UNets."""
+    path = Path(path)
+    path = pick_file(path, dtype) if path.is_dir() else path
+    header = read_header(path)
+    ldm = any(key.endswith("input_hint_block.0.weight") for key in header)
+    names = {rename(key.removeprefix("control_model."), CONTROLNET_RULES if ldm else []): key for key in header
+             if not re.search(IGNORED, key)}
+    part = _part("controlnet", path, "LDM" if ldm else "diffusers", names, header)
+    widening = ["conv_in", *(f"blocks.{i}" for i in range(1, len(part.shapes), 2))]  # every other block widens
+    keys = [f"controlnet_cond_embedding.{name}.weight" for name in widening]
+    channels = tuple(part.shapes[key][0] for key in keys if key in part.shapes)
+    if not channels:
+        raise Problem(f"{path}: is not a ControlNet, it has no controlnet_cond_embedding or input_hint_block; "
+                      "the paper's comparison uses control_v11e_sd15_shuffle")
+    with without_values():
+        net = ControlNet(config, channels)
+    return load_into(net, part, dtype, device)
+
+
+def load_prior(folder: str | Path, dtype: torch.dtype = torch.float32,
+               device: torch.device | str = "cpu") -> tuple[Prior, CLIPText, Tokenizer]:
+    """Kandinsky 2.2's prior folder: prior/, text_encoder/ and tokenizer/."""
+    folder = Path(folder)
+    path = pick_file(folder / "prior", dtype)
+    header = read_header(path)
+    with without_values():
+        net = Prior(_prior_config(path, {key: shape for key, (shape, _) in header.items()}))
+    prior = load_into(net, _part("prior", path, "diffusers", {key: key for key in header}, header), dtype, device)
+    text = find_part(folder / "text_encoder", "text", dtype)
+    encoder = load_into(build(text), text, dtype, device)
+    if encoder.config.projection_dim != prior.config.embed_dim:
+        raise Problem(f"{text.path}: a text encoder that projects to {encoder.config.projection_dim}, the prior reads "
+                      f"{prior.config.embed_dim}; they belong to different models")
+    return prior, encoder, Tokenizer.from_folder(folder / "tokenizer", encoder.config.max_tokens)
+
+
+def load_image_variations(folder: str | Path, dtype: torch.dtype = torch.float32,
+                          device: torch.device | str = "cpu") -> Model:
+    """SD image-variations: unet/, vae/ and image_encoder/. The model has no text encoder."""
+    folder, networks, files = Path(folder), {}, {}
+    for kind, name in (("unet", "unet"), ("vae", "vae"), ("vision", "image_encoder")):
+        part = find_part(folder / name, kind, dtype)
+        own = vae_dtype(dtype) if kind == "vae" else dtype
+        networks[kind], files[kind] = load_into(build(part), part, own, device), part.path
+    unet, vision = networks["unet"], networks["vision"]
+    if vision.config.projection_dim != unet.config.context_dim:
+        raise Problem(f"{files['vision']}: an image encoder that projects to {vision.config.projection_dim}, the UNet "
+                      f"expects {unet.config.context_dim}; they belong to different models")
+    schedule = Schedule(ScheduleConfig())
+    return Model(unet, networks["vae"], None, None, schedule, vision, None, torch.device(device), dtype, files)
+
+
+class CLIP(NamedTuple):
+    """A judge of pictures and texts."""
+
+    text: CLIPText
+    vision: CLIPVision
+    tokenizer: Tokenizer
+
+
+def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> CLIP:
+    """Both halves of a CLIP from one file, as openai/clip-vit-large-patch14 and -base-patch32 publish them; float32.
+    Without its config.json the sizes are read off the shapes; the vocabulary is the folder's, or CLIP's own."""
+    folder = Path(folder)
+    parts = [find_part(folder, kind, torch.float32) for kind in ("text", "vision")]
+    if "text_projection.weight" not in parts[0].shapes:
+        raise Problem(f"{parts[0].path}: its texts and pictures are not embedded in one space; the metrics take a "
+                      "whole CLIP, such as openai/clip-vit-large-patch14")
+    if not (parts[0].path.parent / "config.json").is_file():
+        sizes = openai_sizes(parts[0].shapes, parts[1].shapes)
+        with without_values():
+            networks = [CLIPText(sizes[0]), CLIPVision(sizes[1])]
+    else:
+        networks = [build(part) for part in parts]
+    text, vision = (load_into(net, part, torch.float32, device) for net, part in zip(networks, parts))
+    words = folder if (folder / "vocab.json").is_file() else default_weights().parent / "tokenizer"
+    return CLIP(text, vision, Tokenizer.from_folder(words, text.config.max_tokens))
+
+
+def openai_sizes(text: dict[str, tuple], vision: dict[str, tuple]) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
+    """OpenAI's CLIPs by their shapes: every head is 64 wide, the activation is quick_gelu."""
+    def depth_and_mlp(shapes, half):
+        layers = [key for key in shapes if key.startswith(half) and key.endswith(".mlp.fc1.weight")]
+        return len(layers), shapes[layers[0]][0]
+    (words, width), (joint, _) = text["text_model.embeddings.token_embedding.weight"], text["text_projection.weight"]
+    tokens = text["text_model.embeddings.position_embedding.weight"][0]
+    layers, mlp = depth_and_mlp(text, "text_model")
+    ours = CLIPTextConfig(words, width, layers, width // 64, mlp, tokens, projection_dim=joint)
+    width, _, patch, _ = vision["vision_model.embeddings.patch_embedding.weight"]
+    side = math.isqrt(vision["vision_model.embeddings.position_embedding.weight"][0] - 1) * patch
+    layers, mlp = depth_and_mlp(vision, "vision_model")
+    return ours, CLIPVisionConfig(width, layers, width // 64, mlp, side, patch, joint, "quick_gelu")
+
+
+def _prior_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> PriorConfig:
+    """The sizes, read off the shapes; heads are 64 wide, which the file cannot tell."""
+    try:
+        width, embed = shapes["proj_in.weight"]
+        layers = len({key.split(".")[1] for key in shapes if key.startswith("transformer_blocks.")})
+        return PriorConfig(embed, width // 64, 64, layers, shapes["positional_embedding"][1] - 4)
+    except (KeyError, ValueError, IndexError):
+        raise Problem(f"{path}: is not Kandinsky's prior (no proj_in and positional_embedding of its shapes)") from None
+
+
+def _part(kind: str, path: Path, layout: str, names: dict[str, str], header: dict) -> Part:
+    return Part(kind, path, layout, names, {ours: header[key][0] for ours, key in names.items()},
+                {ours: header[key][1] for ours, key in names.items()})

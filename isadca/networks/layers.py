@@ -1,0 +1,185 @@
+"""What the UNet and the VAE are made of. Attribute names are diffusers' checkpoint keys, so a published file loads
+with `load_state_dict(strict=True)` and no mapping.
+
+References: LDM, arXiv 2112.10752; the file layout of diffusers' UNet2DConditionModel.
+Shapes: B rows, C channels, h × w grid, N = h·w tokens, M context tokens, D context width, H heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import Attend, Site, attend as plain_attend
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of the time step, cosines first. (B,) -> (B, dim), computed in float32 as in training."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, dim: int, temb_dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, temb_dim)
+        self.linear_2 = nn.Linear(temb_dim, temb_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))  # (B, dim) -> (B, 4·dim)
+
+
+class Conv3x3(nn.Conv2d):
+    """3×3 convolution, padding 1. On a CPU, a large weight meets a small grid as a matrix product: oneDNN rearranges
+    the weight at every call, at SD1.5's 8×8 level for longer than it then computes (36 -> 16 ms; 5 % of a forward).
+    """
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_in, c_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, _, *hw = x.shape
+        if x.device.type == "cpu" and rows * math.prod(hw) <= 128 and self.weight.numel() >= 2**22:
+            patches = F.unfold(x, 3, padding=1)                                   # (B, 9·C, N)
+            return (self.weight.flatten(1) @ patches + self.bias[:, None]).unflatten(2, hw)
+        return super().forward(x)
+
+
+class ResnetBlock2D(nn.Module):
+    """norm, silu, conv, twice, around a residual; the time embedding is added in between (not in the VAE)."""
+
+    def __init__(self, c_in: int, c_out: int, temb_dim: int | None, groups: int, eps: float):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
+        self.conv1 = Conv3x3(c_in, c_out)
+        self.time_emb_proj = nn.Linear(temb_dim, c_out) if temb_dim else None
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
+        self.conv2 = Conv3x3(c_out, c_out)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample2D(nn.Module):
+    """Stride-2 convolution. The UNet pads all four sides, the VAE right and bottom only (as LDM trained it)."""
+
+    def __init__(self, channels: int, symmetric: bool = True):
+        super().__init__()
+        self.symmetric = symmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample2D(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Attention(nn.Module):
+    """Project to q, k, v; call the `attend` that was passed in; project back. The seam is the middle line."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.site: Site | None = None  # who we are; the UNet says so when it is built
+
+    def forward(self, x: Tensor, context: Tensor, attend: Attend, hw: tuple[int, int]) -> Tensor:
+        q, k, v = (split_heads(x, self.heads) for x in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        y = attend(q, k, v, self.site and self.site._replace(hw=hw))
+        return self.to_out[0](merge_heads(y))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B,N,H·d) -> (B,H,N,d)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # (B,H,N,d) -> (B,N,H·d)
+
+
+class GEGLU(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)  # the exact GELU, not the tanh approximation
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, widen: type[nn.Module] = GEGLU):
+        super().__init__()
+        self.net = nn.ModuleDict({"0": widen(dim, 4 * dim), "2": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net["2"](self.net["0"](x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each on normed input and around a residual."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor, attend: Attend, hw: tuple[int, int]) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed, attend, hw)
+        x = x + self.attn2(self.norm2(x), context, attend, hw)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """A transformer block on the grid's cells as tokens, between two 1×1 convolutions."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the UNet's resnets
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, heads, context_dim)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor, attend: Attend) -> Tensor:
+        hw = x.shape[-2:]
+        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # (B,C,h,w) -> (B,N,C); one copy,
+        # where every layer below would make its own: 4 % of a forward on a CPU
+        y = self.transformer_blocks[0](y, context, attend, tuple(hw))
+        return x + self.proj_out(y.transpose(1, 2).unflatten(2, hw))  # (B,N,C) -> (B,C,h,w)
+
+
+class ImageAttention(Attention):
+    """The VAE's single-head self-attention over the grid: its own norm, biases, and no seam."""
+
+    def __init__(self, channels: int, groups: int, eps: float):
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hw = x.shape[-2:]
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B,C,h,w) -> (B,N,C)
+        y = super().forward(tokens, tokens, plain_attend, tuple(hw))
+        return x + y.transpose(1, 2).unflatten(2, hw)

@@ -1,0 +1,123 @@
+"""The loaded networks together, and the few calls between them that the loop needs. loading.py makes one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..attention import Attend, attend as plain_attend
+from ..common.images import clip_pixels
+from ..common.problem import Problem
+from ..ddim import Schedule
+from .clip import CLIPText, CLIPVision
+from .ip_adapter import IPAdapter
+from .tokenizer import Tokenizer
+from .unet import UNet
+from .vae import VAE
+
+
+@dataclass
+class Model:
+    """Everything a run needs, loaded. Nothing in it changes while it runs."""
+
+    unet: UNet
+    vae: VAE
+    text: CLIPText
+    tokenizer: Tokenizer
+    schedule: Schedule
+    vision: CLIPVision | None
+    ip_adapter: IPAdapter | None
+    device: torch.device
+    dtype: torch.dtype
+    files: dict[str, Path] = field(default_factory=dict)  # which file each network came from
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the pictures it was trained on."""
+        return self.unet.config.sample_size * self.vae.config.downscale
+
+    def check_size(self, size: int) -> int:
+        """`size`, if the networks can work at it. Raises Problem."""
+        multiple = self.vae.config.downscale * 2 ** (len(self.unet.config.channels) - 1)
+        if not multiple <= size <= 4096 or size % multiple:
+            raise Problem(f"size is {size}, expected a multiple of {multiple} up to 4096; {self.size} is what it was "
+                          "trained on")
+        return size
+
+    def noise(self, z: Tensor, t: Tensor | int, context: Tensor, attend: Attend = plain_attend) -> Tensor:
+        """ε_θ(z_t, t, c), computed in the model's dtype. Latents stay float32 (or wider) between the steps."""
+        return self.unet(z.to(self.dtype), t, context, attend).to(z.dtype)
+
+    def context(self, prompts: list[str]) -> Tensor:
+        """Prompts -> (len, tokens, width)."""
+        return self.text(self.tokenizer(prompts).to(self.device))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        z = self.vae.encode(pixels.to(self.device, self._vae_dtype))
+        return Watch(self, "encoding")(z.to(self._latent_dtype))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return Watch(self, "decoding")(self.vae.decode(z.to(self._vae_dtype)))
+
+    def image_tokens(self, image: Image.Image | None = None, embeds: Tensor | None = None) -> Tensor:
+        """The adapter's tokens of a picture, [unconditional, image], (2,n,D). `embeds` (1,P), or (1,L,W) for the
+        plus family, replaces the encoder. Raises Problem where there is no adapter or it reads another width."""
+        if self.ip_adapter is None:
+            raise Problem("the image branch needs an IP-Adapter; give one with --ip-adapter, or --ip-scale 0")
+        blank = None
+        if embeds is None or self.ip_adapter.reads_patches:
+            if self.vision is None:
+                raise Problem("the IP-Adapter needs an image encoder; give one with --image-encoder")
+            size = self.vision.config.image_size
+            which = 1 if self.ip_adapter.reads_patches else 0
+            blank = self.vision(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))[which]
+        if embeds is None:
+            embeds = self.vision(clip_pixels(image, size).to(self.device, self.dtype))[which]
+        if embeds.shape[-1] != self.ip_adapter.embed_dim:
+            raise Problem(f"image_embeds are {embeds.shape[-1]} wide, the IP-Adapter reads {self.ip_adapter.embed_dim}")
+        embeds = embeds.to(self.device, self.dtype)
+        return self.ip_adapter.tokens(embeds, blank if self.ip_adapter.reads_patches else torch.zeros_like(embeds))
+
+    @property
+    def _latent_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
+
+
+class Watch:
+    """Raises Problem for inf and NaN in what it is called with: one result, or a latent at each step t of a loop.
+
+    No GPU waits for it: a step leaves a flag on the device, and `done`, after the loop, reads all. A CPU stops at once.
+    """
+
+    def __init__(self, model: Model, stage: str):
+        self.model, self.stage, self.flags = model, stage, []
+
+    def __call__(self, x: Tensor, t: int | None = None) -> Tensor:
+        self.flags.append((t, x.isfinite().all()))
+        if t is None or x.device.type == "cpu":
+            self.done()
+        return x
+
+    def done(self) -> None:
+        while self.flags:
+            t, fine = self.flags.pop(0)
+            if not fine:
+                raise Problem(self._report(t))
+
+    def _report(self, t: int | None) -> str:
+        model, step = self.model, "" if t is None else f" from step t = {t} on"
+        dtype = model._vae_dtype if t is None else model.dtype
+        half = dtype.itemsize == 2  # then inf may come of rounding; NaN is the file's
+        advice = ("try --dtype fp32" if half else "try a smaller --guidance or --ip-scale" if self.stage == "sampling"
+                  else "try another picture or checkpoint")
+        for kind in ("unet", "vae", "text", "vision", "ip_adapter"):
+            for name, weight in (getattr(model, kind) or nn.Module()).named_parameters():
+                if weight.isnan().any() or not (half or weight.isfinite().all()):
+                    advice = f"{model.files.get(kind, kind)} holds them in {name}: download it again"
+        return f"{self.stage}: inf or NaN{step}, in {str(dtype).removeprefix('torch.')}; {advice}"

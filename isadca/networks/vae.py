@@ -1,0 +1,100 @@
+"""The autoencoder of Stable Diffusion 1.x (KL-f8): pixels in [-1, 1] <-> scaled latents.
+
+Reference: LDM, arXiv 2112.10752. Shapes: B rows, H × W pixels, h × w latent grid, f = H/h (8 for SD1.5).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import Downsample2D, ImageAttention, ResnetBlock2D, Upsample2D
+from .sizes import VAEConfig
+
+EPS = 1e-6  # everywhere in the VAE
+
+
+class Block(nn.Module):
+    """Resnets, then a downsample, an upsample or neither."""
+
+    def __init__(self, c_in: int, c_out: int, n: int, groups: int, resample: str | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [ResnetBlock2D(c_in if j == 0 else c_out, c_out, None, groups, EPS) for j in range(n)])
+        self.downsamplers = nn.ModuleList([Downsample2D(c_out, symmetric=False)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample2D(c_out)] if resample == "up" else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, None, groups, EPS) for _ in range(2)])
+        self.attentions = nn.ModuleList([ImageAttention(channels, groups, EPS)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, groups, n = config.channels, config.norm_groups, config.layers_per_block
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Block(channels[max(i - 1, 0)], c, n, groups, "down" if i < len(channels) - 1 else None)
+            for i, c in enumerate(channels))
+        self.mid_block = MidBlock(channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, groups, n = config.channels[::-1], config.norm_groups, config.layers_per_block + 1
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], groups)
+        self.up_blocks = nn.ModuleList(
+            Block(channels[max(i - 1, 0)], c, n, groups, "up" if i < len(channels) - 1 else None)
+            for i, c in enumerate(channels))
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(channels[-1], config.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    def __init__(self, config: VAEConfig = VAEConfig()):
+        super().__init__()
+        self.config = config
+        c = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), unscaled. (B,3,H,W) -> two of (B,4,h,w)."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Pixels in [-1,1] (B,3,H,W) -> z_0 (B,4,h,w): the posterior's mean (nothing is sampled), scaled."""
+        return self.posterior(x)[0] * self.config.scaling_factor
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z_0 (B,4,h,w) -> pixels (B,3,H,W), nominally in [-1,1]; not clipped."""
+        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))

@@ -1,0 +1,205 @@
+"""The UNet is diffusers' UNet2DConditionModel; its attention sites are named, numbered and called as documented."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from twins import (
+    BY_PRECISION,
+    UNETS,
+    assert_modules_agree,
+    assert_near,
+    assert_order_one,
+    diffusers_unet,
+    outputs,
+    twin,
+    unet_inputs,
+)
+
+from isadca.attention import Site, attend, attend_reference, blend, by_kind, by_rows, capture, dca, isa
+from isadca.methods import PRESETS
+from isadca.networks.layers import Conv3x3
+from isadca.networks.sizes import UNetConfig
+from isadca.networks.unet import UNet
+
+
+@pytest.mark.parametrize(**BY_PRECISION)
+@pytest.mark.parametrize("arguments, hw", UNETS.values(), ids=UNETS)
+def test_is_diffusers_unet(arguments, hw, dtype, atol, tmp_path):
+    """Every module's output, in every block, with one time step per row."""
+    theirs = diffusers_unet(**arguments)
+    ours = twin(theirs, "unet", tmp_path, dtype)
+    z, t, context = unet_inputs(ours, hw, dtype)
+    with outputs(ours) as our_modules, outputs(theirs) as their_modules:
+        eps, expected = ours(z, t, context), theirs(z, t, context).sample
+    assert_order_one(expected)
+    assert_near(eps, expected, atol)
+    if dtype == torch.float64:
+        assert {"time_embedding", "down_blocks.1", "mid_block", "up_blocks.0"} <= our_modules.keys()
+        assert_modules_agree(our_modules, their_modules, atol)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A three-level UNet that attends on two levels: diffusers' and ours, float64."""
+    theirs = diffusers_unet((16, 24, 32), (True, True, False))
+    return theirs, twin(theirs, "unet", tmp_path)
+
+
+@pytest.fixture
+def unet(pair):
+    return pair[1]
+
+
+def test_the_written_out_kernel_gives_the_same_network(pair):
+    theirs, ours = pair
+    z, t, context = unet_inputs(ours, (8, 12), torch.float64)
+    assert_near(ours(z, t, context, attend_reference), theirs(z, t, context).sample, 1e-10)
+
+
+def test_one_time_step_serves_all_rows(pair):
+    """An int, a 0-d tensor and a vector are the same time steps, and rows do not see each other."""
+    theirs, ours = pair
+    z, _, context = unet_inputs(ours, (8, 12), torch.float64)
+    expected = theirs(z, 37, context).sample
+    for t in (37, torch.tensor(37), torch.tensor([37, 37, 37])):
+        assert_near(ours(z, t, context), expected, 1e-10)
+    assert_near(ours(z[1:2], 37, context[1:2]), expected[1:2], 1e-10)
+
+
+# ---- sites -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def sd15():
+    """The UNet at SD1.5's sizes, without its weights' memory."""
+    with torch.device("meta"):
+        return UNet(UNetConfig())
+
+
+def called_sites(unet, z, context) -> list[tuple[Site, torch.Tensor, torch.Tensor]]:
+    calls = []
+
+    def recording(q, k, v, site):
+        calls.append((site, q, k))
+        return attend(q, k, v, site)
+    unet(z, torch.zeros(len(z), device=z.device, dtype=torch.long), context, recording)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def calls(sd15):
+    return called_sites(sd15, torch.randn(2, 4, 64, 48, device="meta"), torch.randn(2, 77, 768, device="meta"))
+
+
+def test_sd15_has_16_self_and_16_cross_sites(sd15):
+    kinds = [site.kind for site in sd15.sites]
+    assert kinds == ["self", "cross"] * 16
+    assert len({site.name for site in sd15.sites}) == 32
+
+
+def test_a_sites_name_is_its_checkpoint_prefix(sd15):
+    keys = sd15.state_dict().keys()
+    assert {key.removesuffix(".to_q.weight") for key in keys if key.endswith(".to_q.weight")} == {
+        site.name for site in sd15.sites}
+    for site in sd15.sites:
+        assert site.name.endswith({"self": "attn1", "cross": "attn2"}[site.kind])
+        assert site.name.startswith(site.place)
+
+
+def test_sites_are_listed_and_numbered_in_the_order_of_execution(sd15, calls):
+    """A registration order would put the middle block last."""
+    executed = [site for site, _, _ in calls]
+    assert [site._replace(hw=(0, 0)) for site in executed] == sd15.sites
+    assert [site.layer for site in executed] == [i // 2 for i in range(32)]
+    assert [site.place for site in executed] == ["down"] * 12 + ["mid"] * 2 + ["up"] * 18
+
+
+def test_diffusers_attends_in_the_same_order(tmp_path):
+    """The order, from hooks on diffusers' own attention modules."""
+    theirs = diffusers_unet((8, 16, 16, 16), (True, True, True, False), layers=2, heads=2)
+    ours = twin(theirs, "unet", tmp_path)
+    z, t, context = unet_inputs(ours, (8, 8), torch.float64)
+    with outputs(theirs) as modules:
+        theirs(z, t, context)
+    assert [name for name in modules if name.endswith((".attn1", ".attn2"))] == [site.name for site in ours.sites]
+    assert {name.removesuffix(".processor") for name in theirs.attn_processors} == {site.name for site in ours.sites}
+
+
+def test_a_site_tells_the_grid_of_its_queries(calls):
+    grids = {"down_blocks.0": (64, 48), "down_blocks.1": (32, 24), "down_blocks.2": (16, 12), "mid_block": (8, 6),
+             "up_blocks.1": (16, 12), "up_blocks.2": (32, 24), "up_blocks.3": (64, 48)}
+    for site, q, k in calls:
+        h, w = site.hw
+        assert site.hw == grids[site.name.split(".attentions")[0]]
+        assert q.shape[2] == h * w
+        assert k.shape[2] == (h * w if site.kind == "self" else 77)
+
+
+def test_masactrls_layers_are_the_two_finest_levels_on_the_way_up(sd15):
+    """Its layers 10 to 15 are the last six in the order of execution, not of registration."""
+    last = [s.layer for s in sd15.sites if s.kind == "self" and s.name.startswith(("up_blocks.2", "up_blocks.3"))]
+    masactrl = PRESETS["masactrl"].check(1000, n_layers=16)
+    assert masactrl.layers == tuple(last) == (10, 11, 12, 13, 14, 15)
+
+
+# ---- gradients and state -----------------------------------------------------------------------------------
+
+def extra_kv(unet, z, context) -> dict:
+    """Keys and values of other latents at every self site, random ones at every cross site."""
+    store = {}
+    unet(torch.randn_like(z[:1]), 500, context[:1], capture(store))
+    heads = unet.config.n_heads
+    for site in unet.sites:
+        if site.kind == "cross":
+            d = unet.get_submodule(site.name).to_q.out_features // heads
+            store[site.name] = tuple(torch.randn(1, heads, 5, d, dtype=z.dtype) for _ in "kv")
+    return store
+
+
+def variants(kv: dict) -> dict:
+    both = by_kind(isa(kv), dca(kv, 0.6))
+    return {"plain": attend, "written out": attend_reference, "capture": capture({}), "append": isa(kv),
+            "replace": isa(kv, "replace"), "dca": dca(kv), "both": both, "blend": blend(both, dca(kv), 0.3),
+            "by_rows": by_rows(1, isa(kv), dca(kv))}
+
+
+@pytest.mark.parametrize("name", ["plain", "written out", "both", "blend", "by_rows"])
+def test_gradients_reach_the_latents_through_frozen_weights(unet, name):
+    """Against a central difference along a random direction, turned towards the gradient so that it is large."""
+    z, t, context = unet_inputs(unet, (4, 8), torch.float64, rows=2)
+    attend_variant = variants(extra_kv(unet, z, context))[name]
+    weight = torch.randn_like(z)
+
+    def loss(x):
+        return (unet(x, t, context, attend_variant) * weight).sum()
+    leaf = z.clone().requires_grad_()
+    loss(leaf).backward()
+    direction = leaf.grad / leaf.grad.norm() + torch.randn_like(z) / z.numel() ** 0.5
+    slope, h = (leaf.grad * direction).sum(), 1e-5
+    difference = (loss(z + h * direction) - loss(z - h * direction)) / (2 * h)
+    assert slope > 0.1
+    assert slope.item() == pytest.approx(difference.item(), rel=1e-6)
+    assert all(p.grad is None for p in unet.parameters())
+
+
+def test_no_attend_leaves_a_trace(unet):
+    """Weights and sites stay byte-identical, and so does the next plain call: no state is kept on modules."""
+    def frozen():
+        return ({key: tensor.numpy().tobytes() for key, tensor in unet.state_dict().items()},
+                [(site, unet.get_submodule(site.name).site) for site in unet.sites])
+    before = frozen()
+    z, t, context = unet_inputs(unet, (4, 8), torch.float64)
+    kv, plain = extra_kv(unet, z, context), unet(z, t, context)
+    for name, attend_variant in variants(kv).items():
+        changed = not torch.allclose(unet(z, t, context, attend_variant), plain)
+        assert changed == (name not in ("plain", "written out", "capture")), name
+        assert torch.equal(unet(z, t, context), plain), name
+        assert frozen() == before, name
+
+
+@pytest.mark.parametrize("rows, as_product", [(1, True), (2, True), (3, False)])
+def test_a_large_weight_on_a_small_grid_is_a_matrix_product_with_the_same_result(monkeypatch, rows, as_product):
+    conv, x = Conv3x3(1024, 512).double(), torch.randn(rows, 1024, 8, 8, dtype=torch.float64)
+    asked, unfold = [], F.unfold
+    monkeypatch.setattr(F, "unfold", lambda *args, **kw: asked.append(1) or unfold(*args, **kw))
+    assert_near(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1), 1e-12)
+    assert len(asked) == as_product
