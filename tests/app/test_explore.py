@@ -194,7 +194,7 @@ def test_each_panel_names_its_equation_and_a_function_that_exists():
     sections = TEMPLATE.split("<section")[1:]
     assert len(sections) == 4 and all('class="eq"' in section for section in sections)
     for name in re.findall(r"<code>([\w.]+)</code>", TEMPLATE):
-        module, function = name.split(".")
+        module, function = name.rsplit(".", 1)
         assert inspect.isfunction(getattr(importlib.import_module(f"isadca.{module}"), function)), name
     for block in blocks:
         functions = set(re.findall(r"<code>([\w.]+)</code>", block))
