@@ -5,11 +5,19 @@ The loop is in loop.py. `t` counts training steps, from 1000 (noise) down to 0.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .common.problem import Problem
 
 Lambda = float | Callable[[int, int], float]  # a constant, or a function of (t, T)
+
+
+INITS = ("inverted", "shuffle", "random")
+
+
+def knob(default, help: str, choices: tuple[str, ...] | None = None):
+    """A field of Method and, by the same words, a flag of the command line."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -17,17 +25,17 @@ class Method:
     """What one run does. The defaults are this project's reading of the paper."""
 
     name: str = "isadca"
-    lam: Lambda = 0.7             # λ of Eq. 9: 1 is ISA alone, 0 is DCA (IP-Adapter) alone
-    mix: str | Callable = "noise"  # where Eq. 9 mixes: "noise", "attention", or a function Controls -> Attend
-    guidance: float = 7.0         # m; 1 is without guidance
-    k: int = 0                    # Algorithm 1's K: control is on for k < t <= t_start,
-    t_start: int = 1000           #   elsewhere the step is plain text-guided
-    replace_above: int = 1000     # for t above, ISA sees the reference alone; below, reference and self
-    adain_above: int = 1000       # for t above, ISA's noise takes the reference noise's mean and deviation
-    layers: tuple[int, ...] | None = None  # ISA in these transformer blocks only; -1 is the last in execution order
-    ip_scale: float = 1.0         # weight of DCA's image branch
-    init: str = "inverted"        # z_T: "inverted", "shuffle" (its cells permuted) or "random"
-    diversity: float = 0.0        # d: z_T becomes sqrt(1-d) z_T + sqrt(d) noise
+    lam: Lambda = knob(0.7, "λ of Eq. 9: 1 is ISA alone, 0 is DCA (IP-Adapter) alone; or linear:1:0.3, cosine:1:0")
+    mix: str | Callable = knob("noise", "where Eq. 9 mixes", ("noise", "attention"))  # or a function Controls -> Attend
+    guidance: float = knob(7.0, "m of classifier-free guidance; 1 is without")
+    k: int = knob(0, "K of Algorithm 1: control is on for k < t <= t-start, elsewhere a step is plain")
+    t_start: int = knob(1000, "see --k")
+    replace_above: int = knob(1000, "for t above, ISA sees the reference alone; below, reference and self")
+    adain_above: int = knob(1000, "for t above, ISA's noise takes the reference noise's mean and deviation")
+    layers: tuple[int, ...] | None = knob(None, "ISA in these transformer blocks only, such as 10-15 or 0,1,6")
+    ip_scale: float = knob(1.0, "weight of DCA's image branch")
+    init: str = knob("inverted", "z_T: the reference's, its cells shuffled, or noise", INITS)
+    diversity: float = knob(0.0, "d from 0 to 1: z_T becomes sqrt(1-d) z_T + sqrt(d) noise")
     source: str = "the paper, Algorithm 1; Eq. 9 between the two branches' noise"
 
     def lam_at(self, t: int, T: int) -> float:
@@ -75,9 +83,6 @@ class Method:
         return self.init == "inverted" and self.diversity == 0
 
 
-INITS = ("inverted", "shuffle", "random")
-
-
 @dataclass(frozen=True)
 class Linear:
     """λ(t,T) from `first` at t = T to `last` at t = 0, in a straight line."""
@@ -123,3 +128,14 @@ def method_named(name: str, **changes) -> Method:
     if name not in PRESETS:
         raise Problem(f"method is {name!r}, expected one of {', '.join(PRESETS)}")
     return replace(PRESETS[name], **{field: value for field, value in changes.items() if value is not None})
+
+
+def own_method(where: str, flag: str = "--method") -> tuple[Method, str]:
+    """FILE.py:NAME, a Method or a function Controls -> Attend that becomes the `mix` of one; and the file's sha256."""
+    from .common.own_code import checked, load_own  # for those who bring code
+
+    value, sha256 = load_own(where, flag)
+    method = value if isinstance(value, Method) else Method(where, mix=value, source="own code")
+    if not callable(method.mix) and method is not value:
+        raise Problem(f"{where}: is a {type(value).__name__}, expected a Method or a function Controls -> Attend")
+    return (replace(method, mix=checked(method.mix, where)) if callable(method.mix) else method), sha256

@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from ..common.own_code import is_own, own_failure
 from ..common.problem import Problem
 from ..methods import INITS, PRESETS, Cosine, Lambda, Linear
 from .fetch import names as fetchable
@@ -153,7 +154,7 @@ def _machine(p: Parser) -> None:
 
 def _generation(p: Parser) -> None:
     """What sampling needs. A default of None means: as the method has it."""
-    p.add_argument("--method", default="isadca", help=f"{', '.join(PRESETS)}; see isadca methods (%(default)s)")
+    p.add_argument("--method", metavar="NAME", help=f"{', '.join(PRESETS)}, or your own FILE.py:NAME (isadca)")
     p.add_argument("--mix", choices=("noise", "attention"), help="where λ mixes (noise)")
     p.add_argument("--guidance", type=float, help="m of classifier-free guidance (7)")
     p.add_argument("--k", type=int, help="control is on for K < t <= T_START (0)")
@@ -217,14 +218,24 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("isadca: interrupted", file=sys.stderr)
         return 130
-    except OSError as error:  # standard output is full or closed, or a file went away
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    """An error of the user's own code, of the system, or a lack of memory; raised again where it is isadca's own."""
+    if isinstance(error, RuntimeError) and re.search("(out of|enough|allocate) memory", str(error)):
+        error = MemoryError()
+    if isinstance(error, MemoryError):
+        return _fail("out of memory; try --rows-at-once 4, --replay-at-once 1, --dtype fp16 or a smaller --size")
+    if own := own_failure(error):
+        print(own[0], file=sys.stderr, end="")
+        return _fail(own[1])
+    if isinstance(error, OSError):  # standard output is full or closed, or a file went away
         sys.stdout = open(os.devnull, "w")  # or Python complains once more at its end
         return 0 if isinstance(error, BrokenPipeError) else _fail(
             f"{error.filename or 'standard output'}: {error.strerror or error}; mend that and run it again")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(error)):
-            raise
-        return _fail("out of memory; try --rows-at-once 4, --replay-at-once 1, --dtype fp16 or a smaller --size")
+    raise error
 
 
 def _again(given: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
@@ -237,8 +248,10 @@ def _again(given: argparse.Namespace, argv: list[str] | None) -> argparse.Namesp
         args = parser(words).parse_args(["vary", *flags, *(sys.argv[1:] if argv is None else argv)[1:]])
     except Problem as problem:
         raise Problem(f"{source}: its recipe is damaged or of another version: {problem}") from None
-    if args.attend and not given.attend:
-        raise Problem(f"{source}: was made with --attend {args.attend}; give the flag again to run that code")
+    for flag, own, typed in [("--method", is_own(args.method or "") and args.method, given.method),
+                             ("--attend", args.attend, given.attend)]:
+        if own and not typed:
+            raise Problem(f"{source}: was made with {flag} {own}; give the flag again to run that code")
     args.recipe_source = recipe if given.ref is None and given.weights is None else None  # what is to be verified
     return args
 

@@ -6,7 +6,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
@@ -14,12 +13,13 @@ from tqdm import tqdm
 
 from ..common.files import save_text
 from ..common.images import load_image, save_png
+from ..common.own_code import is_own
 from ..common.problem import Problem
 from ..common.sheets import contact_sheet
 from ..evaluation.metrics import psnr
 from ..loading.load import load, pick_file
 from ..loop import Run, decode, sample
-from ..methods import Method, method_named
+from ..methods import Method, method_named, own_method
 from ..reference import Reference, invert as run_inversion, reconstruct as run_back
 from .cli import parse_lam
 from .explore import look_inside, method_at, page
@@ -110,7 +110,7 @@ class Session:
             note(f"{args.ref} is {picture.width}×{picture.height}; {FITTED[args.fit or 'crop']}")
         self._load(getattr(args, "prior", None))
         if getattr(args, "recipe_source", None):
-            check_same(args.recipe_source, args.recipe, self.reference_path, self.hashes.result())
+            check_same(args.recipe_source, args.recipe, self.reference_path, self.hashes.result() | args.own_code)
         if saved:
             self.ref = self._saved()
         else:
@@ -165,19 +165,30 @@ class Session:
         return tqdm(items, desc=label, disable=self.args.quiet, file=sys.stderr)
 
     def recipe(self, **changes) -> dict:
-        model = self.model
-        return make_recipe(vars(self.args) | changes, self.reference_path, self.hashes.result(), str(model.device),
+        model, hashes = self.model, self.hashes.result() | getattr(self.args, "own_code", {})
+        return make_recipe(vars(self.args) | changes, self.reference_path, hashes, str(model.device),
                            str(model.dtype).removeprefix("torch."))
 
 
 def _method(args: Namespace, lam=None) -> Method:
-    """The preset with the flags that were given."""
-    attend = getattr(args, "attend", None)
-    layers = tuple(args.layers) if args.layers is not None else None
-    return method_named(args.method, lam=lam, mix=_function(attend) if attend else args.mix,
-                        guidance=args.guidance, k=args.k, t_start=args.t_start, layers=layers,
-                        replace_above=args.replace_above, adain_above=args.adain_above, ip_scale=args.ip_scale,
-                        init=args.init, diversity=args.diversity).check(1000)
+    """The preset, or the user's own method, with the flags that were given. `args.own_code`: sha256 by flag."""
+    args.own_code, mix = {}, args.mix
+    name = args.method or "isadca"
+    base = method_named(name) if not is_own(name) else None
+    if base is None:
+        base, args.own_code["--method"] = own_method(args.method)
+    if attend := getattr(args, "attend", None):
+        own, args.own_code["--attend"] = own_method(attend, "--attend")
+        mix = own.mix
+    given = dict(lam=lam, mix=mix, guidance=args.guidance, k=args.k, t_start=args.t_start,
+                 layers=tuple(args.layers) if args.layers is not None else None, replace_above=args.replace_above,
+                 adain_above=args.adain_above, ip_scale=args.ip_scale, init=args.init, diversity=args.diversity)
+    method = replace(base, **{field: value for field, value in given.items() if value is not None})
+    idle = [f"--{name.replace('_', '-')}" for name in ("mix", "layers", "replace_above") if given[name] is not None
+            and not (name == "mix" and mix is not args.mix and args.mix is None)]
+    if callable(method.mix) and idle:
+        note(f"{', '.join(idle)} has no effect: your own attention decides that")
+    return method.check(1000)
 
 
 def _many(args: Namespace, method: Method) -> Method:
@@ -197,19 +208,6 @@ def _seeds(args: Namespace) -> tuple[int, ...]:
     if not 0 <= args.seed < 2**62:
         raise Problem(f"--seed is {args.seed}, expected 0 to 2^62")
     return tuple(range(args.seed, args.seed + args.n))
-
-
-def _function(where: str):
-    """FILE.py:NAME -> the function."""
-    file, _, name = where.rpartition(":")
-    if not file or not Path(file).is_file():
-        raise Problem(f"--attend is {where!r}, expected FILE.py:NAME, such as examples/my_attention.py:my_attention")
-    spec = spec_from_file_location(Path(file).stem, file)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise Problem(f"{file}: has no function {name!r}")
-    return getattr(module, name)
 
 
 def writable(path: Path, suffix: str, ref: str | None = None) -> Path:

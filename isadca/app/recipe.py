@@ -12,7 +12,7 @@ from ..common.files import sha256
 from ..common.images import RECIPE_KEY
 from ..common.problem import Problem
 
-NOT_KEPT = {"command", "out", "grid", "recipe", "recipe_source", "quiet"}  # these do not change the pixels
+NOT_KEPT = {"command", "out", "grid", "recipe", "recipe_source", "quiet", "own_code"}  # these do not change the pixels
 
 
 def hash_files(files: dict[str, Path]) -> Future:

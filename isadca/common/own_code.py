@@ -1,0 +1,119 @@
+"""The user's own code, FILE.py:NAME: loaded as `python FILE.py` would find it, and its failures shown as theirs.
+
+Only what the user types is loaded; what a recipe or a results folder names is not.
+"""
+
+import hashlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from .problem import Problem
+
+MARK = "__isadca_own_code__"  # in the globals of a module that was loaded here
+
+
+class OwnCode(NamedTuple):
+    """What `NAME` is, and the sha256 of `FILE.py`, of the very bytes that ran."""
+
+    value: Any
+    sha256: str
+
+
+def is_own(text: str) -> bool:
+    """Whether this is FILE.py:NAME, not the name of something built in."""
+    return text.rpartition(":")[0].endswith(".py")
+
+
+def load_own(where: str, flag: str = "--method") -> OwnCode:
+    """FILE.py:NAME -> the object and its file's sha256. Raises Problem; `flag` is where the user wrote it."""
+    file, _, name = where.rpartition(":")
+    path = Path(file)
+    if not is_own(where) or "\0" in file or not path.is_file():
+        raise Problem(f"{flag} is {where!r}, expected FILE.py:NAME, such as examples/my_attention.py:my_attention")
+    try:
+        source = path.read_bytes()
+        digest = hashlib.sha256(source).hexdigest()
+        module = ModuleType(f"own_code_{digest[:12]}")
+        module.__file__ = str(path.resolve())
+        setattr(module, MARK, True)
+        with _importable(path.resolve().parent):
+            sys.modules[module.__name__] = module  # dataclasses and pickle look for it there
+            exec(compile(source, module.__file__, "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        raise Problem(f"{path}{_line(error, path)}: {_said(error)}; mend {flag}'s file") from None
+    if name not in vars(module):
+        near = [key for key, value in vars(module).items()
+                if not key.startswith("_") and getattr(value, "__module__", None) == module.__name__]
+        raise Problem(f"{path}: has no {name!r}, expected one of its own names: {', '.join(near) or 'it has none'}")
+    return OwnCode(vars(module)[name], digest)
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """The folder's modules can be imported; afterwards sys.path is as before, and another folder's `helpers.py` will
+    not be taken for this one's."""
+    before, path = set(sys.modules), sys.path[:]
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", None)).startswith(f"{folder}/"):
+                del sys.modules[name]
+
+
+def checked(function: Callable, where: str) -> Callable:
+    """A function Controls -> Attend (or several), whose results are looked at: torch would stretch a single row or
+    query over all of them without a word, and blame a NaN on what comes after."""
+    def mix(controls):
+        made = function(controls)
+        return type(made)(map(watched, made)) if isinstance(made, (list, tuple)) else watched(made)
+
+    def watched(attend):
+        if not callable(attend):
+            raise Problem(f"{where}: returned {type(attend).__name__}, expected a function (q, k, v, site) -> y")
+
+        def attend_own(q, k, v, site):
+            y = attend(q, k, v, site)
+            expected = (*q.shape[:3], v.shape[3])
+            if getattr(y, "shape", None) != expected:
+                raise Problem(f"{where}: gave {_shape(y)} at {site.name}, expected {expected}, the shape of q")
+            if not y.isfinite().all():
+                raise Problem(f"{where}: gave inf or NaN at {site.name}; look for a division or log of 0 in it")
+            return y
+        return attend_own
+    return mix
+
+
+def _shape(y) -> str:
+    return str(tuple(y.shape)) if hasattr(y, "shape") else f"a {type(y).__name__}"
+
+
+def own_failure(error: BaseException) -> tuple[str, str] | None:
+    """For an error that the user's own code raised, or what it called: its own frames as Python prints them, and one
+    line. None for any other error."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    folders = {str(Path(frame.f_code.co_filename).parent) for frame, _ in frames if MARK in frame.f_globals}
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if str(Path(frame.filename).parent) in folders]
+    if not own:
+        return None
+    last = own[-1]
+    return ("".join(traceback.format_list(own)),
+            f"{last.filename}, line {last.lineno}, in {last.name}: {_said(error)}; this is your own code")
+
+
+def _line(error: BaseException, path: Path) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == str(path.resolve())]
+    at = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    return f", line {at}" if at else ""
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"

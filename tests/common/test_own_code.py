@@ -1,0 +1,136 @@
+"""The user's own code: found as `python FILE.py` would find it, checked while it runs, and its failures its own."""
+
+import hashlib
+import sys
+
+import pytest
+from commandline import refused, vary
+
+from isadca import Method
+from isadca.app.cli import main
+from isadca.app.recipe import read_recipe
+from isadca.common.own_code import load_own, own_failure
+from isadca.common.problem import Problem
+
+PLAIN = "def mine(controls):\n    return controls.kernel\n"
+
+
+def test_the_object_and_the_sha256_of_the_bytes_that_ran(folder):
+    (folder / "mine.py").write_text("value = 7\n")
+    assert load_own(f"{folder}/mine.py:value") == (7, hashlib.sha256(b"value = 7\n").hexdigest())
+
+
+def test_its_folder_is_importable_and_nothing_of_it_stays(folder):
+    """Two folders may each have a helpers.py."""
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        (folder / name / "helpers.py").write_text(f"who = {name!r}\n")
+        (folder / name / "mine.py").write_text("from helpers import who\n")
+    before = list(sys.path)
+    assert [load_own(f"{folder}/{name}/mine.py:who").value for name in "ab"] == ["a", "b"]
+    assert sys.path == before and "helpers" not in sys.modules
+
+
+def test_a_dataclass_in_it_works(folder):
+    (folder / "mine.py").write_text("from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
+                                    "class D:\n    x: int = 3\nmade = D()\n")
+    assert load_own(f"{folder}/mine.py:made").value.x == 3
+
+
+FILES = {  # the file, and what the line says
+    "broken": ("def f(:\n", "mine.py, line 1: SyntaxError: "),
+    "raises": ("x = 1\n1 / 0\n", "mine.py, line 2: ZeroDivisionError: division by zero"),
+    "leaves": ("raise SystemExit(3)\n", "mine.py, line 1: SystemExit: 3"),
+    "imports": ("import nowhere_to_be_found\n", "mine.py, line 1: ModuleNotFoundError: No module named 'nowhere_"),
+    "another": ("def other(controls): pass\n", "mine.py: has no 'mine', expected one of its own names: other"),
+    "empty": ("", "mine.py: has no 'mine', expected one of its own names: it has none"),
+    "latin-1": ("# caf\udce9\n", "mine.py"),
+    "a number": ("mine = 7\n", "mine.py:mine: is a int, expected a Method or a function Controls -> Attend"),
+}
+
+
+@pytest.mark.parametrize("flag", ["--method", "--attend"])
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_cannot_be_used(folder, capsys, case, flag):
+    text, says = FILES[case]
+    (folder / "mine.py").write_text(text, errors="surrogateescape")
+    refused(capsys, vary(flag, f"{folder}/mine.py:mine"), says)
+
+
+RESULTS = {  # what a function returns, and what the line says
+    "None": ("return None", "returned NoneType, expected a function (q, k, v, site) -> y"),
+    "a list": ("return lambda q, k, v, site: [1]", "gave a list at "),
+    "one row": ("return lambda q, k, v, site: controls.kernel(q, k, v, site)[:1]", "gave (1, "),
+    "one query": ("return lambda q, k, v, site: controls.kernel(q, k, v, site)[:, :, :1]", ", the shape of q"),
+    "NaN": ("return lambda q, k, v, site: controls.kernel(q, k, v, site) * float('nan')", "gave inf or NaN at "),
+}
+
+
+@pytest.mark.parametrize("case", RESULTS)
+def test_what_it_returns_is_looked_at(folder, capsys, case):
+    """Torch stretches one row over all of them; the default method's guidance would be blamed for a NaN."""
+    does, says = RESULTS[case]
+    (folder / "mine.py").write_text(f"def mine(controls):\n    {does}\n")
+    refused(capsys, vary("--method", f"{folder}/mine.py:mine"), "mine.py:mine: ", says)
+
+
+def test_its_failures_show_its_own_frames_and_one_line(folder, capsys):
+    (folder / "helpers.py").write_text("def deeper(q):\n    return q @ q\n")
+    (folder / "mine.py").write_text("from helpers import deeper\ndef mine(controls):\n    def attend(q, k, v, site):\n"
+                                    "        return deeper(q[..., 1:, :])\n    return attend\n")
+    assert main(vary("--method", f"{folder}/mine.py:mine")) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and "isadca/loop.py" not in err and err.count('  File "') == 2
+    assert "return deeper(q[..., 1:, :])" in err and "helpers.py" in err
+    assert err.splitlines()[-1].startswith(f"isadca: {folder}/helpers.py, line 2, in deeper: RuntimeError: ")
+    assert err.endswith("; this is your own code\n")
+
+
+def test_other_failures_are_not_taken_for_the_users():
+    with pytest.raises(ZeroDivisionError) as caught:
+        1 / 0
+    assert own_failure(caught.value) is None
+
+
+def test_a_method_and_a_function_by_either_flag(folder, capsys):
+    """--attend is another name of it, on top of a preset."""
+    (folder / "mine.py").write_text(f"from isadca import Method\n{PLAIN}idea = Method('idea', mix=mine, k=1)\n"
+                                    "half = Method('half', lam=0.5)\n")
+    made = {}
+    for out, flags in {"a": ["--method", "mine"], "b": ["--attend", "mine"], "c": ["--method", "idea"]}.items():
+        assert main(vary(flags[0], f"{folder}/mine.py:{flags[1]}", "-o", f"{out}.png")) == 0
+        made[out] = (folder.parent / "out" / f"{out}.png")
+    from isadca.common.images import load_image
+    assert load_image(made["a"]).tobytes() == load_image(made["b"]).tobytes()
+    assert main(vary("--method", f"{folder}/mine.py:half", "-o", "d.png")) == 0
+    assert main(vary("--lam", "0.5", "-o", "e.png")) == 0
+    assert load_image("d.png").tobytes() == load_image("e.png").tobytes()
+    digest = hashlib.sha256((folder / "mine.py").read_bytes()).hexdigest()
+    assert read_recipe("a.png")["weights_sha256"]["--method"] == digest
+    assert read_recipe("b.png")["weights_sha256"]["--attend"] == digest
+
+
+def test_flags_that_have_no_effect_are_named(folder, capsys):
+    (folder / "mine.py").write_text(PLAIN)
+    assert main(vary("--attend", f"{folder}/mine.py:mine", "--mix", "attention", "--layers", "0")) == 0
+    assert "--mix, --layers has no effect" in capsys.readouterr().err
+
+
+def test_a_recipe_does_not_run_code_and_notices_other_code(folder, capsys):
+    (folder / "mine.py").write_text(PLAIN)
+    where = f"{folder}/mine.py:mine"
+    for flag in ("--method", "--attend"):
+        assert main(vary(flag, where, "-o", "x.png")) == 0
+        capsys.readouterr()
+        refused(capsys, ["vary", "--recipe", "x.png", "-o", "y.png", "-q"], f"made with {flag} {where}; give the flag")
+        assert main(["vary", "--recipe", "x.png", "-o", "y.png", "-q", flag, where]) == 0
+        (folder / "mine.py").write_text(PLAIN + "# changed\n")
+        capsys.readouterr()
+        refused(capsys, ["vary", "--recipe", "x.png", "-o", "z.png", "-q", flag, where], f"made with another {flag}")
+        (folder / "mine.py").write_text(PLAIN)
+
+
+def test_problems_say_where(folder):
+    with pytest.raises(Problem, match="^--systems is 'a.py:b', expected FILE.py:NAME"):
+        load_own("a.py:b", "--systems")
+    assert Method().mix == "noise"
