@@ -9,14 +9,16 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
+# which module each public name is in; __init__.pyi says the same to type checkers
 _HOME = {"attention": ["Site", "attend", "attend_reference", "attention_probs", "blend", "by_kind", "by_rows",
                        "capture", "dca", "isa", "where"],
          "methods": ["Cosine", "Linear", "Method", "PRESETS"],
          "reference": ["Reference", "invert", "reconstruct", "replay"],
-         "loop": ["Controls", "Run", "decode", "sample", "vary"],
+         "loop": ["Controls", "Run", "condition", "decode", "predict", "sample", "vary"],
          "networks.model": ["Model"],
-         "loading.load": ["load"],
+         "loading.load": ["default_weights", "load"],
          "common.images": ["load_image", "save_png"],
+         "common.sheets": ["contact_sheet"],
          "common.problem": ["Problem"],
          "app.saved_reference": ["load_reference", "save_reference"]}
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -28,3 +30,7 @@ def __getattr__(name: str):
     if name in _MODULE:
         return getattr(import_module(f".{_MODULE[name]}", __name__), name)
     raise AttributeError(f"module 'isadca' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 from conftest import ROOT
-from house import (DISTRIBUTIONS, EACH_MODULE, EQUATIONS, FUNCTIONS, LADDER, SOURCES, THIRD_PARTY, TREES, cited,
-                   functions, imports, outside, room)
+from house import (DISTRIBUTIONS, EACH_MODULE, EQUATIONS, FUNCTIONS, LADDER, PACKAGE, SOURCES, THIRD_PARTY, TREES,
+                   cited, functions, imports, outside, room)
 
 import isadca
 
@@ -42,6 +42,18 @@ def test_what_is_exported_exists_and_is_explained(name):
         assert ast.get_docstring(defined[name]), f"{name} has no docstring"
     else:
         assert name.isupper(), f"{name} is neither a function, a class nor a constant of {isadca._MODULE[name]}"
+
+
+def test_type_checkers_see_the_names_that_are_exported():
+    """__init__.pyi is what they read; a name that is missing there would have no type."""
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    froms = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    assert {node.module: [alias.asname for alias in node.names] for node in froms} == isadca._HOME
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_completion_offers_the_public_names_and_nothing_else():
+    assert {name for name in dir(isadca) if not name.startswith("_")} == set(isadca.__all__)
 
 
 @EACH_MODULE
