@@ -4,7 +4,6 @@ import sys
 from argparse import Namespace
 from dataclasses import fields
 from math import prod
-from pathlib import Path
 from textwrap import fill
 from time import perf_counter
 
@@ -13,10 +12,8 @@ from tqdm import tqdm
 
 from ..common.images import load_image, save_png
 from ..common.problem import Problem
-from ..evaluation.evaluate import check_settings, evaluate as run_items, list_items, meet, own_device, read_pairs
-from ..evaluation.report import about_run, write_report
-from ..evaluation.scores import Scores, available_metrics
-from ..evaluation.systems import NEEDS, available_systems, find_extra, make_system
+from ..evaluation.evaluate import evaluate as run_evaluation
+from ..evaluation.processes import own_device
 from ..loading.load import default_weights, load, parts_of
 from ..loop import Run, decode, sample
 from ..methods import PRESETS
@@ -30,35 +27,13 @@ CLOSE, CLOSE_ELSEWHERE = 1, 16  # grey levels; on CPUs float32 gave 0 (float64 t
 
 
 def evaluate(args: Namespace) -> None:
-    pairs, weights = read_pairs(args.pairs), Path(args.weights) if args.weights else default_weights()
-    model = load(weights, args.ip_adapter, args.image_encoder, args.vae, own_device(args.device), args.dtype)
-    model.schedule.steps(args.steps)  # refuses a bad number before the work
-    folder = find_extra(weights, "metrics") or weights / "metrics"
-    systems = _chosen(args.systems, *available_systems(model, weights))
-    metrics = _chosen(args.metrics, *available_metrics(folder))
-    draws = {name: make_system(name, model, weights, args.steps) for name in systems}
-    scores = Scores(metrics, folder, model.device)
-    items = list_items(pairs, systems, tuple(_number("--seeds", text) for text in args.seeds.split(",")))
-    _folder(args.out)
-    extras = [path for name in ("metrics", *(NEEDS[name] for name in systems if name in NEEDS))
-              for path in sorted((find_extra(weights, name) or weights / name).rglob("*.safetensors"))]
-    hashes = hash_files(model.files | {"/".join(path.parts[-3:]): path for path in extras}).result()
-    check_settings(args.out, pairs, args.steps, model.size, hashes)
-    run_items(items, draws, scores, args.out, model.size,
-              lambda items, label: tqdm(items, desc=label, disable=args.quiet, file=sys.stderr))
-    if meet():
-        about = about_run(items, model, args.steps, weights, f"isadca evaluate {args.pairs} -o {args.out}")
-        for path in write_report(items, args.out, metrics, about):
-            print(path)
-
-
-def _chosen(asked: str | None, there: tuple[str, ...], lacking: dict[str, str]) -> tuple[str, ...]:
-    """What was asked for; or all that can be had, and a note on the rest."""
-    if asked:
-        return tuple(dict.fromkeys(asked.split(",")))
-    if lacking:
-        note(f"left out: {', '.join(f'{name} ({why})' for name, why in lacking.items())}; see weights/README.md")
-    return there
+    model = load(args.weights, args.ip_adapter, args.image_encoder, args.vae, own_device(args.device), args.dtype)
+    seeds = tuple(_number("--seeds", text) for text in args.seeds.split(","))
+    systems, metrics = (flag.split(",") if flag else None for flag in (args.systems, args.metrics))
+    results = run_evaluation(args.pairs, systems, metrics, args.out, model, args.weights, seeds, args.steps,
+                             lambda items, label: tqdm(items, desc=label, disable=args.quiet, file=sys.stderr), note)
+    for path in results.files:
+        print(path)
 
 
 def inspect(args: Namespace) -> None:
@@ -126,13 +101,6 @@ def convert(args: Namespace) -> None:
 
 
 def _number(flag: str, text: str) -> int:
-    if not text.strip().isdigit():
+    if not (text.isascii() and text.strip().isdigit() and len(text) < 20):
         raise Problem(f"{flag} has {text!r}, expected whole numbers such as 0,1,2")
     return int(text)
-
-
-def _folder(path: Path) -> None:
-    try:
-        path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise Problem(f"{path}: cannot be made or written ({error.strerror}); choose another -o") from None

@@ -1,18 +1,12 @@
-"""The paper's Table 1 and Fig. 3 and 4: every system over pairs of a reference and a prompt, measured and compared.
+"""The paper's Table 1 and Fig. 3 and 4 in one call: every system over pairs of a reference and a prompt.
 
-Each variation becomes RESULTS/pictures/PAIR/SYSTEM-SEED.png with its numbers beside it as JSON; what is there is not
-made again, so a run that was stopped goes on. Several processes (torchrun) take the pairs in turn; what they write does
-not depend on their number. report.py makes the tables and grids of what was written.
+What is in the results folder is not made again, so a run that was stopped goes on. Several processes (torchrun) take
+the pairs in turn; what they write does not depend on their number.
 """
 
-import ast
-import csv
-import hashlib
 import json
-import os
 import time
-from collections.abc import Iterable
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,133 +16,150 @@ from ..common.files import save_text, sha256
 from ..common.images import fit, load_image, save_png
 from ..common.problem import Problem
 from ..common.progress import Progress, silent
-from .scores import Scores
-from .systems import Draw, one_picture
+from ..loading.load import default_weights, load
+from ..networks.model import Model
+from .judge import METRICS, Judge, available_metrics
+from .pairs import Pair, check_pairs, read_pairs
+from .processes import join, own_device, wait_for_others
+from .results_csv import Numbers, to_csv
+from .results_folder import Item, check_settings, code_sha256, file_name, list_items, text_sha256
+from .results_grids import FIG_4, grid
+from .results_table import about_run, overhead, to_markdown
+from .system_values import fingerprint, system_of
+from .systems import Draw, System, available_systems, find_extra, make_draw
 
-LIVE = ("cat", "dog")  # DreamBooth's classes with prompts of their own
+DRAWING = ("*.py", "networks/*.py", "evaluation/[cip]*.py", "evaluation/systems.py")  # the code that makes pictures,
+MEASURING = ("evaluation/metrics.py", "evaluation/judge.py", "evaluation/clip_pair.py", "networks/clip.py")
 
 
-class Pair(NamedTuple):
-    reference: Path
-    prompt: str
+class Results(NamedTuple):
+    files: list[Path]  # results.csv, table.md and the grids; none under torchrun but from the first process
+    numbers: Numbers
 
 
-# ---- pairs -----------------------------------------------------------------------------------------------------
+def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iterable | None = None,
+             metrics: Iterable[str] | None = None, out: str | Path = "results", model: Model | None = None,
+             weights: str | Path | None = None, seeds: tuple[int, ...] = (0,), steps: int = 50,
+             progress: Progress = silent, tell: Callable[[str], None] = lambda text: None) -> Results:
+    """Make and measure every variation that `out` does not hold yet, and write the tables and grids there.
 
-def read_pairs(path: str | Path) -> list[Pair]:
-    """Pairs from a CSV (columns reference, prompt) or JSON file (a list of such objects), from pairs.csv or pairs.json
-    in a folder, or from DreamBooth's dataset folder. References are relative to the file. Raises Problem."""
-    path = Path(path)
-    if path.is_dir():
-        for name in ("pairs.csv", "pairs.json", "prompts_and_classes.txt", "dataset/prompts_and_classes.txt"):
-            if (path / name).is_file():
-                return read_pairs(path / name)
-        raise Problem(f"{path}: has no pairs.csv, no pairs.json and no prompts_and_classes.txt (DreamBooth's); write "
-                      "a pairs.csv with the columns reference,prompt")
+    `pairs`: a file or folder (see read_pairs), or a list of (reference, prompt). `systems`: names of SYSTEMS or of
+    presets, Method values, or functions Controls -> Attend, all whose weights are there unless given; `metrics`
+    likewise. `weights` is where the other systems' and the metrics' weights are looked for. `tell` is given notes.
+    Raises Problem.
+    """
+    rank, ranks = join()
+    weights, out = Path(weights) if weights else default_weights(), Path(out)
+    where = str(pairs) if isinstance(pairs, (str, Path)) else f"[{len(pairs)} pairs]"
+    pairs = (read_pairs(pairs) if isinstance(pairs, (str, Path)) else
+             check_pairs([Pair(Path(reference), prompt) for reference, prompt in pairs], "pairs"))
+    model = model or load(weights, device=own_device("auto"))
+    model.schedule.steps(steps)  # refuses a bad number before the work
+    folder = find_extra(weights, "metrics") or weights / "metrics"
+    chosen = [system_of(system) for system in _chosen(systems, *available_systems(model, weights), tell)]
+    metrics = _chosen(metrics, *available_metrics(folder), tell)
+    draws = {system: make_draw(system, model, weights, steps) for system in chosen}
+    judge = Judge(metrics, folder, model.device)
+    _check_names(chosen)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.name == "prompts_and_classes.txt":
-            pairs = _dreambooth(text, path.parent)
-        else:
-            rows = json.loads(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
-            pairs = [Pair(path.parent / row["reference"], row["prompt"].strip()) for row in rows]
+        out.mkdir(exist_ok=True)
     except OSError as error:
-        raise Problem(f"{path}: cannot be read ({error.strerror}); PAIRS is such a file, or its folder") from None
-    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
-        raise Problem(f"{path}: not a list of pairs ({error}); expected the columns reference,prompt") from None
-    if not pairs:
-        raise Problem(f"{path}: holds no pairs; expected lines of reference,prompt")
-    for reference in dict.fromkeys(pair.reference for pair in pairs):
-        load_image(reference)  # a bad one is named now, not after hours
-    return pairs
+        raise Problem(f"{out}: cannot be made or written ({error.strerror}); choose another -o") from None
+    check_settings(out, describe(model, pairs, steps, ranks), hash_extras(weights, folder, chosen, metrics))
+    items = list_items(pairs, chosen, seeds)
+    _make([item for item in items if item.index % ranks == rank], draws, judge, out, model.size, progress, tell)
+    wait_for_others()
+    if rank:  # the first process reports
+        return Results([], {})
+    about = about_run(items, model, steps, weights, f"isadca evaluate {where} -o {out}")
+    return write_results(items, metrics, out, about)
 
 
-def _dreambooth(text: str, folder: Path) -> list[Pair]:
-    """Each subject's first picture with the 25 prompts of its kind; google/dreambooth, dataset/. The token that would
-    name the subject is left out: nothing here was taught one."""
-    listed, *lists = text.partition("subject_name,class\n")[2].split("prompt_list = [")
-    classes = dict(line.split(",") for line in listed.splitlines() if "," in line)
-    objects, live = ([ast.literal_eval(line.partition(".format")[0]) for line in block.splitlines()
-                      if ".format" in line] for block in lists)
-    return [Pair(min((folder / subject).glob("*.jpg"), default=folder / subject / "00.jpg"),
-                 " ".join(prompt.format("", kind).split()))
-            for subject, kind in classes.items() for prompt in (live if kind in LIVE else objects)]
+def _chosen(asked: Iterable | None, there: tuple[str, ...], lacking: dict[str, str], tell: Callable) -> tuple:
+    """What was asked for; or all that can be had, and a note on the rest."""
+    if asked is not None:
+        return tuple(dict.fromkeys(asked))
+    if lacking:
+        tell(f"left out: {', '.join(f'{name} ({why})' for name, why in lacking.items())}; see weights/README.md")
+    return there
 
 
-# ---- work ------------------------------------------------------------------------------------------------------
-
-class Item(NamedTuple):
-    """One variation to make and measure."""
-
-    index: int  # of the pair
-    pair: Pair
-    system: str
-    seed: int
-
-    def picture(self, results: Path) -> Path:
-        return results / "pictures" / f"{self.index:04d}" / f"{self.system}-{self.seed}.png"
-
-    def numbers(self, results: Path) -> dict[str, float]:
-        """What is known of it: its seconds and its scores; empty before it is made."""
-        try:
-            return json.loads(self.picture(results).with_suffix(".json").read_text())
-        except (OSError, ValueError):
-            return {}
+def _check_names(systems: list[System]) -> None:
+    names = [file_name(system.name) for system in systems]
+    for name in names:
+        if names.count(name) > 1:
+            raise Problem(f"two systems would both be called {name}; give one of them another name")
 
 
-def list_items(pairs: list[Pair], systems: Iterable[str], seeds: tuple[int, ...]) -> list[Item]:
-    """Pair by pair. A system that gives every seed the same picture makes one."""
-    return [Item(i, pair, system, seed) for i, pair in enumerate(pairs) for system in systems
-            for seed in (seeds[:1] if one_picture(system) else seeds)]
+def describe(model: Model, pairs: list[Pair], steps: int, ranks: int) -> dict[str, str | int]:
+    """All that every picture depends on: a results folder that was begun with something else is another experiment."""
+    files = {pair.reference: sha256(pair.reference) for pair in pairs}
+    networks = {kind: getattr(model, kind) for kind in ("unet", "vae", "text", "vision")}
+    return {"pairs": text_sha256(repr([(files[pair.reference], pair.prompt) for pair in pairs])),
+            "steps": steps, "size": model.size, "dtype": str(model.dtype), "device": model.device.type, "ranks": ranks,
+            "threads": torch.get_num_threads() if model.device.type == "cpu" else 0,
+            **{f"{kind} weights": sha256(path) for kind, path in model.files.items()},
+            **{f"{kind} config": repr(net.config) for kind, net in networks.items() if net is not None},
+            "scheduler": repr(model.schedule.config),
+            "vocabulary": text_sha256(model.tokenizer._bpe.to_str())}
 
 
-def evaluate(items: list[Item], draws: dict[str, Draw], scores: Scores, results: Path, size: int,
-             progress: Progress = silent) -> None:
-    """Make and measure this process's share of the items: every RANKS-th pair."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    todo = [item for item in items if item.index % ranks == rank]
-    done = [item for item in todo if set(scores.names) | {"seconds"} <= item.numbers(results).keys()]
-    for item in progress([item for item in todo if item not in done], f"variations ({len(done)} of {len(todo)} there)"):
-        reference = fit(load_image(item.pair.reference), size)
-        path, numbers = item.picture(results), item.numbers(results)
+def hash_extras(weights: Path, metrics_folder: Path, systems: list[System], metrics: tuple[str, ...]) -> dict[str, str]:
+    """sha256 of the weights, configs and vocabularies of the other systems and of the metrics."""
+    places = [find_extra(weights, system.needs) for system in systems if system.needs]
+    places += [metrics_folder / file for name in metrics for file in METRICS[name][2]]
+    files = {path for place in places for path in ([place] if place.is_file() else place.rglob("*"))}
+    return {"/".join(path.parts[-3:]): sha256(path) for path in sorted(files)
+            if path.suffix in (".safetensors", ".json", ".txt")}
+
+
+def _make(items: list[Item], draws: dict[System, Draw], judge: Judge, out: Path, size: int, progress: Progress,
+          tell: Callable[[str], None]) -> None:
+    """Make and measure what is not there, was made by other code, or is damaged."""
+    drawing, measuring = code_sha256(DRAWING), code_sha256(MEASURING)
+    made_by = {system: text_sha256(drawing + fingerprint(system)) for system in draws}
+
+    def is_made(item: Item) -> bool:
+        return item.numbers(out).get("made_by") == made_by[item.system] and item.load(out, size) is not None
+
+    def is_measured(item: Item) -> bool:
+        numbers = item.numbers(out)
+        return numbers.get("measured_by") == measuring and set(judge.names) <= numbers.keys()
+
+    made = {item for item in items if is_made(item)}
+    todo = [item for item in items if not (item in made and is_measured(item))]
+    other = sum(bool(item.numbers(out)) and item not in made for item in items)
+    if other:
+        tell(f"{other} of {len(items)} variations were made by other code or are damaged; they are made again")
+    for item in progress(todo, f"variations ({len(items) - len(todo)} of {len(items)} there)"):
+        original = load_image(item.pair.reference)
+        reference, path = fit(original, size), item.picture(out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if "seconds" in numbers and path.exists():
-            variation = load_image(path)
+        if item in made:
+            variation, numbers = item.load(out, size), item.numbers(out)
         else:
             began = time.perf_counter()
-            variation = draws[item.system](reference, item.pair.prompt, item.seed)
-            numbers = {"seconds": time.perf_counter() - began}
+            variation = draws[item.system](original, item.pair.prompt, item.seed)
+            numbers = {"made_by": made_by[item.system], "seconds": time.perf_counter() - began}
             save_png(reference, path.with_name("reference.png"))
             save_png(variation, path)
-        numbers |= scores(variation, reference, item.pair.prompt)
+        if numbers.get("measured_by") != measuring:
+            numbers = {key: numbers[key] for key in ("made_by", "seconds")} | {"measured_by": measuring}
+        numbers |= judge(variation, reference, item.pair.prompt)
         save_text(json.dumps(numbers) + "\n", path.with_suffix(".json"))
 
 
-def check_settings(results: Path, pairs: list[Pair], steps: int, size: int, weights: dict[str, str]) -> None:
-    """A results folder holds one experiment. Raises Problem where it was begun with other pairs, steps or weights."""
-    files = {pair.reference: sha256(pair.reference) for pair in pairs}
-    listed = json.dumps([(files[pair.reference], pair.prompt) for pair in pairs])
-    settings = {"pairs": hashlib.sha256(listed.encode()).hexdigest(), "steps": steps, "size": size, **weights}
-    path = results / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        other = [key for key in settings if before.get(key, settings[key]) != settings[key]]
-        if other:
-            raise Problem(f"{results}: was begun with other {', '.join(other)}; choose another -o for a new experiment")
-        settings = before | settings
-    save_text(json.dumps(settings, indent=1) + "\n", path)
-
-
-def own_device(name: str) -> str:
-    """Under torchrun each process has a GPU of its own."""
-    own = os.environ.get("LOCAL_RANK")
-    return f"cuda:{own}" if own and name in ("auto", "cuda") and torch.cuda.is_available() else name
-
-
-def meet() -> bool:
-    """Under torchrun, wait for the other processes. Whether this one is to report."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest share is waited for
-        torch.distributed.barrier()
-    return int(os.environ.get("RANK", 0)) == 0
+def write_results(items: list[Item], metrics: tuple[str, ...], out: Path, about: str) -> Results:
+    """The table and the grids of what the folder holds; `about` stands under the table."""
+    numbers = {item: item.numbers(out) for item in items}
+    systems = list(dict.fromkeys(item.system for item in items))
+    files = [out / name for name in ("results.csv", "table.md", "fig3.png")]
+    table = f"{to_markdown(numbers, metrics)}\n{overhead(numbers)}\n\n{about}\n"
+    for text, path in zip((to_csv(numbers, metrics), table), files):
+        save_text(text.encode(errors="backslashreplace").decode(), path)  # a path may hold bytes that are no text
+    save_png(grid(items, systems, out), files[2])
+    ablation = [system for name in FIG_4 for system in systems if system.name == name]
+    if ablation:
+        files.append(out / "fig4.png")
+        save_png(grid(items, ablation, out, upright=True), files[3])
+    return Results(files, numbers)

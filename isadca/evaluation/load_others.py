@@ -1,19 +1,17 @@
 """The other systems' published files: from a path to the networks. Names and strictness as in the core's loading."""
 
-import math
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ..common.problem import Problem
 from ..ddim import Schedule, ScheduleConfig
 from ..loading.checkpoints import IGNORED, UNET_RULES, Part, load_into, read_header, rename, without_values
-from ..loading.load import build, default_weights, find_part, pick_file, vae_dtype
-from ..networks.clip import CLIPText, CLIPVision
+from ..loading.load import build, find_part, pick_file, vae_dtype
+from ..networks.clip import CLIPText
 from ..networks.model import Model
-from ..networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig
+from ..networks.sizes import UNetConfig
 from ..networks.tokenizer import Tokenizer
 from .controlnet import ControlNet
 from .prior import Prior, PriorConfig
@@ -80,48 +78,6 @@ def load_image_variations(folder: str | Path, dtype: torch.dtype = torch.float32
                       f"expects {unet.config.context_dim}; they belong to different models")
     schedule = Schedule(ScheduleConfig())
     return Model(unet, networks["vae"], None, None, schedule, vision, None, torch.device(device), dtype, files)
-
-
-class CLIP(NamedTuple):
-    """A judge of pictures and texts."""
-
-    text: CLIPText
-    vision: CLIPVision
-    tokenizer: Tokenizer
-
-
-def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> CLIP:
-    """Both halves of a CLIP from one file, as openai/clip-vit-large-patch14 and -base-patch32 publish them; float32.
-    Without its config.json the sizes are read off the shapes; the vocabulary is the folder's, or CLIP's own."""
-    folder = Path(folder)
-    parts = [find_part(folder, kind, torch.float32) for kind in ("text", "vision")]
-    if "text_projection.weight" not in parts[0].shapes:
-        raise Problem(f"{parts[0].path}: its texts and pictures are not embedded in one space; the metrics take a "
-                      "whole CLIP, such as openai/clip-vit-large-patch14")
-    if not (parts[0].path.parent / "config.json").is_file():
-        sizes = openai_sizes(parts[0].shapes, parts[1].shapes)
-        with without_values():
-            networks = [CLIPText(sizes[0]), CLIPVision(sizes[1])]
-    else:
-        networks = [build(part) for part in parts]
-    text, vision = (load_into(net, part, torch.float32, device) for net, part in zip(networks, parts))
-    words = folder if (folder / "vocab.json").is_file() else default_weights().parent / "tokenizer"
-    return CLIP(text, vision, Tokenizer.from_folder(words, text.config.max_tokens))
-
-
-def openai_sizes(text: dict[str, tuple], vision: dict[str, tuple]) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
-    """OpenAI's CLIPs by their shapes: every head is 64 wide, the activation is quick_gelu."""
-    def depth_and_mlp(shapes, half):
-        layers = [key for key in shapes if key.startswith(half) and key.endswith(".mlp.fc1.weight")]
-        return len(layers), shapes[layers[0]][0]
-    (words, width), (joint, _) = text["text_model.embeddings.token_embedding.weight"], text["text_projection.weight"]
-    tokens = text["text_model.embeddings.position_embedding.weight"][0]
-    layers, mlp = depth_and_mlp(text, "text_model")
-    ours = CLIPTextConfig(words, width, layers, width // 64, mlp, tokens, projection_dim=joint)
-    width, _, patch, _ = vision["vision_model.embeddings.patch_embedding.weight"]
-    side = math.isqrt(vision["vision_model.embeddings.position_embedding.weight"][0] - 1) * patch
-    layers, mlp = depth_and_mlp(vision, "vision_model")
-    return ours, CLIPVisionConfig(width, layers, width // 64, mlp, side, patch, joint, "quick_gelu")
 
 
 def _prior_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> PriorConfig:

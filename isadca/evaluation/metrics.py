@@ -37,11 +37,12 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity: 11×11 Gaussian window of σ = 1.5 wherever it fits, K₁ = 0.01, K₂ = 0.03, biased moments.
 
     (B,C,H,W) in [-1,1] -> (B,), the mean over channels; 1 for equal pictures. Wang et al. define it for one channel:
-    give RGB for the per-channel mean, `luma` of it for one grey channel. No side may be below 11 pixels.
+    give RGB for the per-channel mean, `luma` of it for one grey channel. No side may be below 11 pixels. Computed on
+    the CPU: Apple's GPUs have no float64.
     """
     rows = len(a)
-    a, b = (((x + 1) * 127.5).flatten(0, 1)[:, None].double() for x in (a, b))  # (B·C,1,H,W) in 0..255
-    taps = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=a.device) ** 2 / (2 * 1.5**2))
+    a, b = (((x + 1) * 127.5).flatten(0, 1)[:, None].cpu().double() for x in (a, b))  # (B·C,1,H,W) in 0..255
+    taps = torch.exp(-torch.arange(-5, 6, dtype=torch.float64) ** 2 / (2 * 1.5**2))
     column = (taps / taps.sum()).view(1, 1, 11, 1)
     blur = lambda x: F.conv2d(F.conv2d(x, column), column.transpose(2, 3))
     mean_a, mean_b = blur(a), blur(b)
@@ -126,7 +127,7 @@ def inception_map(x: Tensor, inception: Weights) -> Tensor:
 
 def sifid(a: Tensor, b: Tensor, inception: Weights) -> Tensor:
     """Single-image Fréchet distance: each picture's features, one sample a place, as a Gaussian. -> (B,)."""
-    samples = [inception_map(x, inception).flatten(2).double() for x in (a, b)]  # (B,C,h·w)
+    samples = [inception_map(x, inception).flatten(2).cpu().double() for x in (a, b)]  # (B,C,h·w)
     return torch.stack([frechet(f, g) for f, g in zip(*samples)])
 
 

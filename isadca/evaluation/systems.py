@@ -1,11 +1,11 @@
-"""The systems of the paper's Table 1 and Fig. 4 by name: each from a reference and a prompt to a picture.
+"""The systems of the paper's Table 1 and Fig. 4, one row each: from a reference and a prompt to a picture.
 
-Where the paper says nothing of a system it has its authors' settings; all steps and, but for SD image-variations, the
-guidance are the paper's (T = 50, m = 7).
+A new system is a new row of SYSTEMS. Where the paper says nothing of a system it has its authors' settings; all steps
+and, but for SD image-variations, the guidance are the paper's (T = 50, m = 7).
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,68 +25,34 @@ from .load_others import load_controlnet, load_image_variations, load_prior
 from .prior import embed_prompt
 
 Draw = Callable[[Image.Image, str, int], Image.Image]  # reference, prompt, seed -> variation
-
-LOOP = {name: replace(method, guidance=7.0) for name, method in PRESETS.items()} | {
-    "isadca-0.5": replace(ISADCA, lam=0.5), "isadca-attention": replace(ISADCA, mix="attention"),
-    "isadca-prior": ISADCA}
-NEEDS = {"image-variations": "image-variations", "controlnet-shuffle": "controlnet-shuffle", "isadca-prior": "prior"}
-SYSTEMS = ("rival", "ip-adapter", "image-variations", "controlnet-shuffle", "isadca", "isadca-0.5",
-           "isadca-attention", "isadca-prior")  # what is compared unless told otherwise
+Prepare = Callable[[Path, Model, Path, int], Draw]     # the folder it needs, model, weights, steps -> what draws
 
 
-def find_extra(weights: Path, name: str) -> Path | None:
-    """What a system or a metric needs beyond the model: `name` in the weights folder or beside it."""
-    folder = weights if weights.is_dir() else weights.parent
-    return next((root / name for root in (folder, folder.parent) if (root / name).exists()), None)
+@dataclass(frozen=True)
+class System:
+    name: str
+    label: str                        # in tables and sheets
+    method: Method | Prepare          # of the loop; or what loads a system that is not the loop
+    needs: str = ""                   # a folder of its own weights, in the model's or beside it
+    paper: tuple[float, ...] = ()     # its row in the paper's Table 1: LPIPS, SSIM, SIFID, CLIP similarity
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether every seed gives the same picture."""
+        return isinstance(self.method, Method) and self.method.deterministic
 
 
-def one_picture(name: str) -> bool:
-    """Whether every seed gives the same picture. (The prior draws its embedding from the seed.)"""
-    return name in LOOP and LOOP[name].deterministic and name != "isadca-prior"
+def image_variations(folder: Path, model: Model, weights: Path, steps: int) -> Draw:
+    other = load_image_variations(folder, model.dtype, model.device)
+    return lambda image, prompt, seed: vary_image(other, image, steps, seeds=(seed,))[0]
 
 
-def available_systems(model: Model, weights: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The systems whose weights are there; and of each other one, what it lacks."""
-    lacking = {name: f"no {folder} in {weights} or beside it" for name, folder in NEEDS.items()
-               if not find_extra(weights, folder)}
-    if model.ip_adapter is None:
-        lacking |= {name: "no IP-Adapter" for name in LOOP if LOOP[name].wants_image and name not in lacking}
-    names = tuple(name for name in SYSTEMS if name not in lacking)
-    return names, {name: why for name, why in lacking.items() if name in SYSTEMS}
+def controlnet_shuffle(folder: Path, model: Model, weights: Path, steps: int) -> Draw:
+    controlnet = load_controlnet(folder, model.unet.config, model.dtype, model.device)
+    return lambda image, prompt, seed: restyle(model, controlnet, image, prompt, steps, seed=seed)
 
 
-def make_system(name: str, model: Model, weights: Path, steps: int = 50) -> Draw:
-    """Load what the system needs and return it. Raises Problem for an unknown name and for weights that are missing."""
-    if name not in LOOP and name not in NEEDS:
-        raise Problem(f"system is {name!r}, expected one of {', '.join([*SYSTEMS, *(PRESETS.keys() - set(SYSTEMS))])}")
-    extra = find_extra(weights, NEEDS[name]) if name in NEEDS else None
-    if name in NEEDS and extra is None:
-        raise Problem(f"{weights}: has no {NEEDS[name]} in it or beside it, which the system {name} needs; see "
-                      "weights/README.md, or leave it out of --systems")
-    if name == "image-variations":
-        other = load_image_variations(extra, model.dtype, model.device)
-        return lambda image, prompt, seed: vary_image(other, image, steps, seeds=(seed,))[0]
-    if name == "controlnet-shuffle":
-        controlnet = load_controlnet(extra, model.unet.config, model.dtype, model.device)
-        return lambda image, prompt, seed: restyle(model, controlnet, image, prompt, steps, seed=seed)
-    if name == "isadca-prior":
-        return _with_prior(LOOP[name], model, weights, extra, steps)
-    return lambda image, prompt, seed: _vary(LOOP[name], model, image, prompt, seed, steps)
-
-
-def _vary(method: Method, model: Model, image: Image.Image, prompt: str, seed: int, steps: int,
-          **options) -> Image.Image:
-    """One variation from nothing: the reference is inverted where the method uses it."""
-    if method.init == "random" and not method.wants_reference(1000, 1000):
-        side = model.unet.config.sample_size
-        blank = torch.zeros(steps + 1, 4, side, side, device=model.device)
-        ref = Reference(fit(image, model.size), blank.to(torch.promote_types(model.dtype, torch.float32)))
-    else:
-        ref = invert(model, image, steps)
-    return vary(model, ref, prompt, method, (seed,), **options)[0]
-
-
-def _with_prior(method: Method, model: Model, weights: Path, folder: Path, steps: int) -> Draw:
+def isadca_with_prior(folder: Path, model: Model, weights: Path, steps: int) -> Draw:
     """The ablation of Fig. 4, row 4: DCA sees the image embedding that the prior expects of the prompt."""
     prior, encoder, tokenizer = load_prior(folder, model.dtype, model.device)
     if model.ip_adapter is None or model.ip_adapter.embed_dim != prior.config.embed_dim:
@@ -100,5 +66,64 @@ def _with_prior(method: Method, model: Model, weights: Path, folder: Path, steps
 
     def draw(image: Image.Image, prompt: str, seed: int) -> Image.Image:
         embeds = embed_prompt(prior, encoder, tokenizer, prompt, seed=seed)
-        return _vary(method, model, image, prompt, seed, steps, image_embeds=embeds)
+        return _vary(ISADCA, model, image, prompt, seed, steps, image_embeds=embeds)
     return draw
+
+
+def _at_seven(name: str) -> Method:
+    return replace(PRESETS[name], guidance=7.0)
+
+
+SYSTEMS = {system.name: system for system in [  # what is compared unless told otherwise
+    System("rival", "RIVAL", _at_seven("rival"), paper=(0.4488, 0.5851, 0.0133, 0.8772)),
+    System("ip-adapter", "IP-Adapter", _at_seven("ip-adapter"), paper=(0.5329, 0.2390, 0.0228, 0.7526)),
+    System("image-variations", "SD image-variations", image_variations, "image-variations",
+           (0.6401, 0.5248, 0.0212, 0.8545)),
+    System("controlnet-shuffle", "ControlNet Shuffle", controlnet_shuffle, "controlnet-shuffle",
+           (0.5410, 0.5458, 0.0307, 0.8029)),
+    System("isadca", "Ours, λ = 0.7", ISADCA, paper=(0.5413, 0.5740, 0.0150, 0.8822)),
+    System("isadca-0.5", "Ours, λ = 0.5", replace(ISADCA, lam=0.5)),
+    System("isadca-attention", "Ours, attention mix", replace(ISADCA, mix="attention")),
+    System("isadca-prior", "Ours, with prior", isadca_with_prior, "prior"),
+]}
+
+
+def find_extra(weights: Path, name: str) -> Path | None:
+    """What a system or a metric needs beyond the model: `name` in the weights folder or beside it."""
+    folder = weights if weights.is_dir() else weights.parent
+    return next((root / name for root in (folder, folder.parent) if (root / name).exists()), None)
+
+
+def available_systems(model: Model, weights: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The names of the systems whose weights are there, and what each of the others lacks."""
+    lacking = {}
+    for name, system in SYSTEMS.items():
+        if system.needs and not find_extra(weights, system.needs):
+            lacking[name] = f"no {system.needs} in {weights} or beside it"
+        elif isinstance(system.method, Method) and system.method.wants_image and model.ip_adapter is None:
+            lacking[name] = "no IP-Adapter"
+    return tuple(name for name in SYSTEMS if name not in lacking), lacking
+
+
+def make_draw(system: System, model: Model, weights: Path, steps: int = 50) -> Draw:
+    """Load what the system needs and return what draws. Raises Problem for weights that are missing."""
+    if isinstance(system.method, Method):
+        method = system.method.check(model.schedule.config.train_steps, len(model.unet.sites) // 2)
+        return lambda image, prompt, seed: _vary(method, model, image, prompt, seed, steps)
+    folder = find_extra(weights, system.needs)
+    if folder is None:
+        raise Problem(f"{weights}: has no {system.needs} in it or beside it, which the system {system.name} needs; see "
+                      "weights/README.md, or leave it out of --systems")
+    return system.method(folder, model, weights, steps)
+
+
+def _vary(method: Method, model: Model, image: Image.Image, prompt: str, seed: int, steps: int,
+          **options) -> Image.Image:
+    """One variation from nothing: the reference is inverted where the method uses it."""
+    if method.init == "random" and not method.wants_reference(1000, 1000):
+        side = model.unet.config.sample_size
+        blank = torch.zeros(steps + 1, 4, side, side, device=model.device)
+        ref = Reference(fit(image, model.size), blank.to(torch.promote_types(model.dtype, torch.float32)))
+    else:
+        ref = invert(model, image, steps)
+    return vary(model, ref, prompt, method, (seed,), **options)[0]

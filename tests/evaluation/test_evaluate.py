@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from isadca.app import cli
 from isadca.common.problem import Problem
-from isadca.evaluation.evaluate import Item, Pair, list_items, read_pairs
-from isadca.evaluation.report import over_pairs, overhead, spread, to_markdown
+from isadca.evaluation.pairs import Pair, read_pairs
+from isadca.evaluation.results_folder import Item, list_items
+from isadca.evaluation.results_grids import spread
+from isadca.evaluation.results_table import over_pairs, overhead, to_markdown
 from isadca.evaluation.systems import SYSTEMS
 
 DREAMBOOTH = """Classes
@@ -110,8 +112,8 @@ def test_bad_pairs_are_named(tmp_path, name, text, message):
 
 
 def test_a_system_that_ignores_the_seed_makes_one_picture():
-    items = list_items([Pair(ROOT, "a"), Pair(ROOT, "b")], ("isadca", "ip-adapter"), (3, 4))
-    assert [(i.index, i.system, i.seed) for i in items] == [
+    items = list_items([Pair(ROOT, "a"), Pair(ROOT, "b")], (SYSTEMS["isadca"], SYSTEMS["ip-adapter"]), (3, 4))
+    assert [(i.index, i.system.name, i.seed) for i in items] == [
         (0, "isadca", 3), (0, "ip-adapter", 3), (0, "ip-adapter", 4),
         (1, "isadca", 3), (1, "ip-adapter", 3), (1, "ip-adapter", 4)]
 
@@ -128,7 +130,7 @@ def test_a_run_writes_everything_and_goes_on_where_it_stopped(pairs, tmp_path, c
     gone = results / "pictures" / "0001" / "ip-adapter-7"
     gone.with_suffix(".json").unlink(), gone.with_suffix(".png").unlink()
     unmeasured = results / "pictures" / "0002" / "ip-adapter-7.json"
-    unmeasured.write_text(json.dumps({"seconds": 3.0}))
+    unmeasured.write_text(json.dumps({"seconds": 3.0, "made_by": json.loads(unmeasured.read_text())["made_by"]}))
     run(pairs, "-o", results, *FEW, "--seeds", "0,7")
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in results.rglob("*-*.*")}
     changed = {path for path in before if before[path][0] != after[path][0]}
@@ -190,18 +192,18 @@ def test_two_processes_write_what_one_writes(pairs, tmp_path):
 
 # ---- the tables --------------------------------------------------------------------------------------------------
 
-NUMBERS = {Item(i, Pair(ROOT / f"{i % 2}.png", "p"), system, seed): {"ssim": s, "sifid": 1 - s, "seconds": t}
+NUMBERS = {Item(i, Pair(ROOT / f"{i % 2}.png", "p"), SYSTEMS[system], seed): {"ssim": s, "sifid": 1 - s, "seconds": t}
            for i, system, seed, s, t in [(0, "rival", 0, .2, 4.0), (0, "rival", 1, .4, 2.0), (1, "rival", 0, .5, 3.0),
                                          (0, "isadca", 0, .6, 6.0), (1, "isadca", 0, .8, 3.0)]}
 
 
 def test_a_pair_is_one_sample_whatever_its_seeds():
-    middle, error = over_pairs(NUMBERS, "rival", "ssim")
+    middle, error = over_pairs(NUMBERS, SYSTEMS["rival"], "ssim")
     assert middle == pytest.approx(mean([.3, .5])) and error == pytest.approx(stdev([.3, .5]) / 2**0.5)
 
 
 def test_the_table_has_ours_and_the_papers(capsys):
-    head, _, rival, ours = to_markdown(NUMBERS, ["rival", "isadca"], ("ssim", "sifid")).splitlines()
+    head, _, rival, ours = to_markdown(NUMBERS, ("ssim", "sifid")).splitlines()
     assert head.startswith("| system | SSIM (RGB) ↑ | SIFID ↓ | s / picture | paper: LPIPS ↓ | SSIM ↑")
     assert rival == "| RIVAL | 0.400 ± 0.100 | 0.6000 ± 0.1000 | 3.00 | 0.4488 | 0.5851 | 0.0133 | 0.8772 |"
     assert ours == ("| Ours, λ = 0.7 | **0.700** ± 0.100 | **0.3000** ± 0.1000 | 4.50 | 0.5413 | 0.5740 | 0.0150 | "
@@ -210,7 +212,7 @@ def test_the_table_has_ours_and_the_papers(capsys):
 
 
 def test_grids_show_different_references_first():
-    items = [Item(i, Pair(ROOT / f"{i // 2}.png", "p"), "isadca", 0) for i in range(6)]
+    items = [Item(i, Pair(ROOT / f"{i // 2}.png", "p"), SYSTEMS["isadca"], 0) for i in range(6)]
     assert [item.index for item in spread(items)] == [0, 2, 4, 1, 3, 5]
 
 

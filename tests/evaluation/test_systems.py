@@ -18,6 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from kandinsky import run_pipeline, unclip
+from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModelWithProjection,
@@ -31,6 +32,7 @@ from isadca.common.images import clip_pixels
 from isadca.common.problem import Problem
 from isadca.evaluation import controlnet, load_others as loading, prior, systems
 from isadca.evaluation.image_variations import squash_pixels, vary_image
+from isadca.evaluation.system_values import system_of
 
 
 def difference(a, b) -> int:
@@ -102,12 +104,16 @@ def test_the_prior_knows_what_a_prompt_looks_like(demo):
 
 # ---- the list ----------------------------------------------------------------------------------------------------
 
+def draws(name, model, weights, steps=3):
+    return systems.make_draw(system_of(name), model, weights, steps)
+
+
 @pytest.mark.parametrize("name", systems.SYSTEMS)
 def test_every_system_draws_the_same_picture_from_a_seed(demo, cat, name):
-    draw = systems.make_system(name, demo, DEMO, steps=3)
+    draw = draws(name, demo, DEMO)
     once, again, other = (draw(cat, "a pig", seed) for seed in (1, 1, 2))
     assert once.size == (64, 64) and once.tobytes() == again.tobytes()
-    assert (once.tobytes() == other.tobytes()) == systems.one_picture(name)
+    assert (once.tobytes() == other.tobytes()) == systems.SYSTEMS[name].deterministic
 
 
 def test_the_systems_are_the_loop_with_their_methods(demo, cat):
@@ -115,23 +121,32 @@ def test_the_systems_are_the_loop_with_their_methods(demo, cat):
     for name, method in {"rival": isadca.PRESETS["rival"], "isadca-attention": isadca.Method(mix="attention"),
                          "ip-adapter": replace(isadca.PRESETS["ip-adapter"], guidance=7.0)}.items():
         [expected] = isadca.vary(demo, ref, "a pig", method, (4,))
-        assert systems.make_system(name, demo, DEMO, 3)(cat, "a pig", 4).tobytes() == expected.tobytes(), name
+        assert draws(name, demo, DEMO)(cat, "a pig", 4).tobytes() == expected.tobytes(), name
+
+
+def test_image_variations_see_the_whole_picture(demo, cat):
+    """Squashed, not cropped: what is left and right of the centre counts."""
+    wide = Image.new("RGB", (128, 64), "red")
+    wide.paste(cat, (32, 0))
+    draw = draws("image-variations", demo, DEMO)
+    assert draw(wide, "", 0).tobytes() != draw(cat, "", 0).tobytes()
+    assert draw(wide, "", 0).tobytes() == draw(wide.resize((128, 64)), "", 0).tobytes()
 
 
 def test_what_is_missing_is_named(demo, tmp_path):
     there, lacking = systems.available_systems(replace(demo, ip_adapter=None), tmp_path)
     assert there == ("rival",) and set(lacking) == set(systems.SYSTEMS) - {"rival"}
-    assert systems.available_systems(demo, DEMO) == (systems.SYSTEMS, {})
+    assert systems.available_systems(demo, DEMO) == (tuple(systems.SYSTEMS), {})
     with pytest.raises(Problem, match="has no controlnet-shuffle in it or beside it.*weights/README.md"):
-        systems.make_system("controlnet-shuffle", demo, tmp_path)
+        draws("controlnet-shuffle", demo, tmp_path)
     with pytest.raises(Problem, match="system is 'dalle', expected one of rival, ip-adapter"):
-        systems.make_system("dalle", demo, DEMO)
+        system_of("dalle")
 
 
 def test_a_prior_of_another_width_asks_for_its_adapter(demo, tmp_path):
     (tmp_path / "prior").symlink_to(DEMO / "prior")
     with pytest.raises(Problem, match="128 wide.*vit-G"):
-        systems.make_system("isadca-prior", replace(demo, ip_adapter=None), tmp_path)
+        draws("isadca-prior", replace(demo, ip_adapter=None), tmp_path)
 
 
 # ---- vary --prior ------------------------------------------------------------------------------------------------

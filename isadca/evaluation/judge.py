@@ -1,18 +1,19 @@
-"""The metrics of the paper's Table 1 by name, each with the weights that it reads, ready to judge a variation."""
+"""Which metrics there are, which weights each reads, and the judge that measures a variation by them. The formulas are
+in metrics.py."""
 
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from ..common.images import clip_pixels, to_tensor
+from ..common.images import to_tensor
 from ..common.problem import Problem
-from .load_others import CLIP, load_clip
+from .clip_pair import CLIPPair, load_clip
 from .metrics import CAPTION, clip_score, clip_similarity, load_metric, lpips, luma, sifid, ssim
 
-# name -> what the table calls it, whether higher is better, and the files in the metrics folder
+# name -> its heading in the table, whether higher is better, and its files in the metrics folder
 METRICS = {"lpips-alex": ("LPIPS (alex)", False, ("alex.safetensors", "lpips-alex.safetensors")),
            "lpips-vgg": ("LPIPS (vgg)", False, ("vgg.safetensors", "lpips-vgg.safetensors")),
            "ssim": ("SSIM (RGB)", True, ()),
@@ -24,14 +25,14 @@ METRICS = {"lpips-alex": ("LPIPS (alex)", False, ("alex.safetensors", "lpips-ale
 
 
 def available_metrics(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The metrics whose weights are in the folder; and of each other one, the file that is not."""
+    """The metrics whose weights are in the folder, and why each of the others cannot be had."""
     lacking = {name: f"{folder / file} is not there" for name, (_, _, files) in METRICS.items() for file in files
                if not (folder / file).exists()}
     return tuple(name for name in METRICS if name not in lacking), lacking
 
 
-class Scores:
-    """The scores asked for, with the weights that they share loaded once. Raises Problem for an unknown name and,
+class Judge:
+    """The metrics asked for, with the weights that they share loaded once. Raises Problem for an unknown name and,
     naming the file, for weights that are missing."""
 
     def __init__(self, names: tuple[str, ...], folder: Path, device: torch.device | str = "cpu"):
@@ -43,37 +44,38 @@ class Scores:
                 if not (folder / file).exists():
                     raise Problem(f"{folder / file}: no such file, which the metric {name} needs; see "
                                   "weights/README.md for where people get it, or leave it out of --metrics")
-        self._pair = {}
+        self._distances = {}
         for kind in ("alex", "vgg"):
             if f"lpips-{kind}" in names:
                 trunk, heads = (load_metric(folder / file, what, device)
                                 for file, what in zip(METRICS[f"lpips-{kind}"][2], (kind, f"{kind} heads")))
-                self._pair[f"lpips-{kind}"] = partial(lpips, kind=kind, trunk=trunk, heads=heads)
+                self._distances[f"lpips-{kind}"] = partial(lpips, kind=kind, trunk=trunk, heads=heads)
         if "ssim" in names:
-            self._pair["ssim"] = ssim
+            self._distances["ssim"] = ssim
         if "ssim-luma" in names:
-            self._pair["ssim-luma"] = lambda a, b: ssim(luma(a), luma(b))
+            self._distances["ssim-luma"] = lambda a, b: ssim(luma(a), luma(b))
         if "sifid" in names:
             inception = load_metric(folder / "inception.safetensors", "inception", device)
-            self._pair["sifid"] = partial(sifid, inception=inception)
+            self._distances["sifid"] = partial(sifid, inception=inception)
         wants_clip = any(METRICS[name][2] == ("clip",) for name in names)
         self._clip = load_clip(folder / "clip", device) if wants_clip else None
 
     def __call__(self, variation: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
-        """The number of each score."""
+        """The number of each metric. Raises Problem where one is not a number."""
         a, b = (to_tensor(picture).to(self.device) for picture in (variation, reference))
-        numbers = {name: pair(a, b).item() for name, pair in self._pair.items()}
+        numbers = {name: distance(a, b).item() for name, distance in self._distances.items()}
         if self._clip:
             numbers |= clip_numbers(self._clip, variation, reference, prompt)
+        for name in self.names:
+            if not math.isfinite(numbers[name]):
+                raise Problem(f"metric {name} gives {numbers[name]} for {prompt[:60]!r}; its weights are damaged: get "
+                              "them again, or leave it out of --metrics")
         return {name: numbers[name] for name in self.names}
 
 
-def clip_numbers(clip: CLIP, variation: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
+def clip_numbers(clip: CLIPPair, variation: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
     """What "CLIP similarity" may mean. The paper does not say which it reports."""
-    def embed(picture: Image.Image) -> Tensor:
-        device = next(clip.vision.parameters()).device
-        return clip.vision(clip_pixels(picture, clip.vision.config.image_size).to(device))[0]
-    seen = embed(variation)
-    text, caption = (clip.text.embed(clip.tokenizer([t]).to(seen.device)) for t in (prompt, CAPTION.format(prompt)))
-    return {"clip-i": clip_similarity(seen, embed(reference)).item(), "clip-t": clip_similarity(seen, text).item(),
-            "clipscore": clip_score(seen, caption).item()}
+    picture, text = clip.embed_picture(variation), clip.embed_text(prompt)
+    return {"clip-i": clip_similarity(picture, clip.embed_picture(reference)).item(),
+            "clip-t": clip_similarity(picture, text).item(),
+            "clipscore": clip_score(picture, clip.embed_text(CAPTION.format(prompt))).item()}

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO
-from keyfiles import listing
+from keyfiles import listing, write_sparse
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizerFast
 
 from isadca.common.images import clip_pixels, to_tensor
 from isadca.common.problem import Problem
-from isadca.evaluation.load_others import load_clip, openai_sizes
+from isadca.evaluation.clip_pair import load_clip
+from isadca.evaluation.judge import METRICS, Judge, available_metrics
 from isadca.evaluation.metrics import load_metric, lpips
-from isadca.evaluation.scores import METRICS, Scores, available_metrics
 from isadca.loading.load import KNOWN_ENCODERS
 from isadca.networks.sizes import CLIPTextConfig
 
@@ -24,7 +24,7 @@ FOLDER = DEMO / "metrics"
 
 @pytest.fixture(scope="module")
 def scores():
-    return Scores(tuple(METRICS), FOLDER)
+    return Judge(tuple(METRICS), FOLDER)
 
 
 def test_clip_numbers_equal_transformers(scores, cat):
@@ -74,14 +74,14 @@ def test_lpips_reads_its_own_files(scores, cat):
 
 
 def test_only_what_is_asked_for(cat):
-    assert list(Scores(("ssim", "clip-i"), FOLDER)(cat, cat, "x")) == ["ssim", "clip-i"]
+    assert list(Judge(("ssim", "clip-i"), FOLDER)(cat, cat, "x")) == ["ssim", "clip-i"]
 
 
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(Problem, match="inception.safetensors: no such file, which the metric sifid needs"):
-        Scores(("ssim", "sifid"), tmp_path)
+        Judge(("ssim", "sifid"), tmp_path)
     with pytest.raises(Problem, match="metric is 'fid', expected one of lpips-alex"):
-        Scores(("fid",), FOLDER)
+        Judge(("fid",), FOLDER)
     there, lacking = available_metrics(tmp_path)
     assert there == ("ssim", "ssim-luma") and "clip is not there" in lacking["clip-t"]
     assert available_metrics(FOLDER) == (tuple(METRICS), {})
@@ -116,9 +116,26 @@ def test_a_clip_without_a_vocabulary_has_openais(tmp_path):
     assert np.isfinite(load_clip(tmp_path).vision(torch.zeros(1, 3, 64, 64))[0]).all()
 
 
-def test_openais_sizes_are_read_off_the_shapes():
+def whole_clip(text: str, vision: str, joint: int) -> dict:
+    """The published halves as one file."""
+    halves = listing(text) | listing(vision)
+    width = halves["text_model.final_layer_norm.weight"][1][0]
+    return halves | {"text_projection.weight": ("F32", (joint, width))}
+
+
+def test_openais_clip_loads_without_its_config(tmp_path):
     """ViT-L/14, from the published key lists of its halves: the text half is SD1.5's, projected."""
-    text, vision = ({key: shape for key, (_, shape) in listing(name).items()}
-                    for name in ("sd15_diffusers_text_encoder", "image_encoder_vit_l14_lambda"))
-    assert openai_sizes(text | {"text_projection.weight": (768, 768)}, vision) == (
-        CLIPTextConfig(projection_dim=768), KNOWN_ENCODERS[1024])
+    tensors = whole_clip("sd15_diffusers_text_encoder", "image_encoder_vit_l14_lambda", 768)
+    write_sparse(tmp_path / "model.safetensors", tensors)
+    clip = load_clip(tmp_path)
+    assert clip.text.config == CLIPTextConfig(projection_dim=768) and clip.vision.config == KNOWN_ENCODERS[1024]
+
+
+def test_another_clip_without_its_config_is_refused(tmp_path):
+    """OpenCLIP's ViT-H has heads of 80, which its shapes do not tell; it was loaded with heads of 64."""
+    tensors = whole_clip("sd15_diffusers_text_encoder", "image_encoder_vit_h", 1024)
+    wide = {key: (dtype, tuple(1024 if n == 768 else n for n in shape)) if key.startswith("text") else (dtype, shape)
+            for key, (dtype, shape) in tensors.items()}
+    write_sparse(tmp_path / "model.safetensors", wide)
+    with pytest.raises(Problem, match="model.safetensors"):
+        load_clip(tmp_path)

@@ -1,0 +1,100 @@
+"""A folder of results: where each variation and its numbers lie, and what a folder was begun with.
+
+RESULTS/pictures/PAIR/SYSTEM-SEED.png has its numbers beside it as JSON, RESULTS/settings.json the experiment's inputs.
+"""
+
+import ast
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from ..common.files import save_text
+from ..common.images import load_image
+from ..common.problem import Problem
+from .pairs import Pair
+from .systems import System
+
+PACKAGE = Path(__file__).parent.parent
+
+
+class Item(NamedTuple):
+    """One variation to make and measure."""
+
+    index: int  # of the pair
+    pair: Pair
+    system: System
+    seed: int
+
+    def picture(self, results: Path) -> Path:
+        return results / "pictures" / f"{self.index:04d}" / f"{file_name(self.system.name)}-{self.seed}.png"
+
+    def load(self, results: Path, size: int) -> Image.Image | None:
+        """The variation, if it is there, whole, and of the right size."""
+        try:
+            image = load_image(self.picture(results))
+        except Problem:
+            return None
+        return image if image.size == (size, size) else None
+
+    def numbers(self, results: Path) -> dict[str, float | str]:
+        """What is known of it: its seconds, its scores, and the code behind them; empty where it has to be made."""
+        found = read_json(self.picture(results).with_suffix(".json"))
+        fine = all(isinstance(value, str) or is_number(value) for value in found.values())
+        return found if fine and "seconds" in found else {}
+
+
+def list_items(pairs: list[Pair], systems: Iterable[System], seeds: tuple[int, ...]) -> list[Item]:
+    """Pair by pair. A system that gives every seed the same picture makes one."""
+    return [Item(i, pair, system, seed) for i, pair in enumerate(pairs) for system in systems
+            for seed in (seeds[:1] if system.deterministic else seeds)]
+
+
+def file_name(system: str) -> str:
+    return re.sub(r"[^\w.=+-]", "_", system)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; empty where there is no file, or it holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_settings(results: Path, settings: dict[str, str | int], extras: dict[str, str]) -> None:
+    """A results folder holds one experiment. Raises Problem, naming what changed, where it was begun with other
+    `settings`. The files of `extras`, the other systems' and the metrics', may come later; none may change."""
+    path = results / "settings.json"
+    if path.exists():
+        before = read_json(path)
+        had, had_extras = before.get("settings"), before.get("extras")
+        if not (isinstance(had, dict) and isinstance(had_extras, dict)):
+            raise Problem(f"{path}: is damaged, or of another version of isadca; choose another -o")
+        changed = [key for key in {**had, **settings} if had.get(key) != settings.get(key)]
+        changed += [key for key in extras if had_extras.get(key, extras[key]) != extras[key]]
+        if changed:
+            raise Problem(f"{results}: was begun with other {', '.join(changed)[:150]}; choose another -o for a new "
+                          "experiment")
+        extras = had_extras | extras
+    save_text(json.dumps({"settings": settings, "extras": extras}, indent=1) + "\n", path)
+
+
+def code_sha256(patterns: Iterable[str]) -> str:
+    """Of the package's own source, comments and layout apart: who edits a file gets new numbers."""
+    paths = sorted(path for pattern in patterns for path in PACKAGE.glob(pattern))
+    return text_sha256("\n".join(ast.dump(ast.parse(path.read_bytes())) for path in paths))
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

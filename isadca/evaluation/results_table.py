@@ -1,0 +1,79 @@
+"""table.md: what was measured, in the form of the paper's Table 1."""
+
+import datetime
+import platform
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+
+from ..loading.load import default_weights
+from ..networks.model import Model
+from .judge import METRICS
+from .results_csv import Numbers
+from .results_folder import Item
+from .systems import System
+
+
+def to_markdown(numbers: Numbers, metrics: tuple[str, ...]) -> str:
+    """Mean ± standard error over pairs, the best of a column in bold; then the paper's row."""
+    systems = list(dict.fromkeys(item.system for item in numbers))
+    columns = {metric: {system: over_pairs(numbers, system, metric) for system in systems} for metric in metrics}
+    best = {metric: (max if METRICS[metric][1] else min)(column, key=lambda s: column[s][0])
+            for metric, column in columns.items()}
+    heads = [f"{METRICS[metric][0]} {'↑' if METRICS[metric][1] else '↓'}" for metric in metrics]
+    heads += ["s / picture", "paper: LPIPS ↓", "SSIM ↑", "SIFID ↓", "CLIP sim. ↑"]
+    lines = ["| system | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for system in systems:
+        cells = [_cell(*columns[metric][system], 4 if metric == "sifid" else 3, best[metric] is system)
+                 for metric in metrics]
+        cells.append(f"{seconds(numbers, system):.2f}")
+        cells += [f"{x:.4f}" for x in system.paper] or ["", "", "", ""]
+        lines.append(f"| {system.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(middle: float, error: float | None, digits: int, best: bool) -> str:
+    text = f"**{middle:.{digits}f}**" if best else f"{middle:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def over_pairs(numbers: Numbers, system: System, metric: str) -> tuple[float, float | None]:
+    """Mean and its standard error, a pair being one sample whatever its seeds; no error from a single pair."""
+    by_pair: dict[int, list[float]] = {}
+    for item, found in numbers.items():
+        if item.system == system:
+            by_pair.setdefault(item.index, []).append(found[metric])
+    means = [mean(values) for values in by_pair.values()]
+    return mean(means), stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
+
+
+def seconds(numbers: Numbers, system: System) -> float:
+    """The median over pictures: from the reference as a file to the variation, inversion included."""
+    return median(found["seconds"] for item, found in numbers.items() if item.system == system)
+
+
+def overhead(numbers: Numbers) -> str:
+    """The comparison of the paper's section IV-D."""
+    systems = {item.system.name: item.system for item in numbers}
+    ours = [systems[name] for name in ("isadca-attention", "isadca") if name in systems]
+    if "rival" not in systems or not ours:
+        return ""
+    base = seconds(numbers, systems["rival"])
+    times = [(system.label, seconds(numbers, system)) for system in ours]
+    parts = [f"{label} {time:.2f} s ({100 * (time / base - 1):+.1f} %)" for label, time in times]
+    return (f"Time for a picture, inversion included, against RIVAL's {base:.2f} s: {', '.join(parts)}. The paper has "
+            "8.6096 s against 8.3894 s (+2.63 %).")
+
+
+def about_run(items: list[Item], model: Model, steps: int, weights: Path, command: str) -> str:
+    """What the table was made from, where and when; and whether it may be held against the paper's."""
+    world = ("**Figures of the demo world** (64 × 64 pictures of emoji, a small model, and small metric networks that "
+             "were trained in that world): they say nothing about Stable Diffusion 1.5, and only their order can be "
+             "looked at beside the paper's. " if weights == default_weights() else "")
+    device = (torch.cuda.get_device_name(model.device) if model.device.type == "cuda"
+              else f"{torch.get_num_threads()} threads ({platform.machine()})")
+    pairs, seeds = (len({getattr(item, field) for item in items}) for field in ("index", "seed"))
+    return (f"{world}{pairs} pairs, {seeds} seed{'s' * (seeds > 1)}, {steps} steps, {model.size} × {model.size}, "
+            f"weights {weights.name} in {str(model.dtype).removeprefix('torch.')}; mean ± standard error over pairs. "
+            f"`{command}`, {device}, torch {torch.__version__}, {datetime.date.today()}.")
