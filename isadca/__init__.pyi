@@ -13,6 +13,7 @@ from .loading.load import default_weights as default_weights, load as load
 from .common.images import load_image as load_image, save_png as save_png
 from .common.sheets import contact_sheet as contact_sheet
 from .common.problem import Problem as Problem
+from .evaluation.evaluate import evaluate as evaluate
 from .app.saved_reference import load_reference as load_reference, save_reference as save_reference
 
 __version__: str
