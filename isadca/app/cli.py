@@ -79,8 +79,9 @@ def _evaluate(commands) -> None:
                    "DreamBooth's dataset folder")
     _out(p, "RESULTS/")
     p.add_argument("--systems", help="comma-separated (all whose weights are there): rival, ip-adapter, "
-                   "image-variations, controlnet-shuffle, isadca, isadca-0.5, isadca-attention, isadca-prior, and the "
-                   "other names of isadca methods")
+                   "image-variations, controlnet-shuffle, isadca, isadca-0.5, isadca-attention, isadca-prior, the "
+                   "other names of isadca methods, your own FILE.py:NAME; flags of vary go after a colon, such as "
+                   "isadca:lam=0.3 or rival:guidance=5;init=inverted")
     p.add_argument("--metrics", help="comma-separated (all whose weights are there): lpips-alex, lpips-vgg, ssim, "
                    "ssim-luma, sifid, clip-i, clip-t, clipscore")
     p.add_argument("--seeds", default="0", help="comma-separated (%(default)s)")

@@ -22,6 +22,7 @@ from . import fetch as fetching
 from .commands import note, writable
 from .convert import convert as convert_file
 from .recipe import hash_files, make_recipe, read_recipe
+from .systems_flag import parse_systems
 
 CLOSE, CLOSE_ELSEWHERE = 1, 16  # grey levels; on CPUs float32 gave 0 (float64 too), float16 1, bfloat16 6
 
@@ -29,7 +30,8 @@ CLOSE, CLOSE_ELSEWHERE = 1, 16  # grey levels; on CPUs float32 gave 0 (float64 t
 def evaluate(args: Namespace) -> None:
     model = load(args.weights, args.ip_adapter, args.image_encoder, args.vae, own_device(args.device), args.dtype)
     seeds = tuple(_number("--seeds", text) for text in args.seeds.split(","))
-    systems, metrics = (flag.split(",") if flag else None for flag in (args.systems, args.metrics))
+    systems = parse_systems(args.systems) if args.systems else None
+    metrics = args.metrics.split(",") if args.metrics else None
     results = run_evaluation(args.pairs, systems, metrics, args.out, model, args.weights, seeds, args.steps,
                              lambda items, label: tqdm(items, desc=label, disable=args.quiet, file=sys.stderr), note)
     for path in results.files:

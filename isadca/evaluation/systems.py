@@ -35,6 +35,7 @@ class System:
     method: Method | Prepare          # of the loop; or what loads a system that is not the loop
     needs: str = ""                   # a folder of its own weights, in the model's or beside it
     paper: tuple[float, ...] = ()     # its row in the paper's Table 1: LPIPS, SSIM, SIFID, CLIP similarity
+    code: str = ""                    # sha256 of the user's own code
 
     @property
     def deterministic(self) -> bool:

@@ -1,0 +1,48 @@
+"""`--systems isadca,rival:guidance=5;init=inverted,mine.py:idea`: names and own code, each with fields changed."""
+
+import re
+from dataclasses import fields, replace
+
+from ..common.own_code import is_own
+from ..common.problem import Problem
+from ..evaluation.system_values import system_of
+from ..evaluation.systems import System
+from ..methods import Method, own_method
+from .cli import _layers, parse_lam
+
+KNOBS = {field.name: field for field in fields(Method) if "help" in field.metadata}
+PARSERS = {"lam": parse_lam, "layers": _layers}
+
+
+def parse_systems(text: str) -> list[System]:
+    """The systems of the flag's value, in order. Raises Problem."""
+    return [_parse(part.strip()) for part in text.split(",")]
+
+
+def _parse(text: str) -> System:
+    base, changes = re.fullmatch(r"(.*\.py:\w*|[^:]*)(?::(.*))?", text, re.DOTALL).groups()
+    if is_own(base):
+        method, digest = own_method(base, "--systems")
+        system = System(base, base, method, code=digest)
+    else:
+        system = system_of(base)
+    if changes is None:
+        return system
+    if not isinstance(system.method, Method):
+        raise Problem(f"--systems has {text!r}, but {base} is not a method of the loop and has no fields to change")
+    values = dict(_field(change, text) for change in changes.split(";"))
+    return System(text, text, replace(system.method, **values), code=system.code)
+
+
+def _field(change: str, text: str) -> tuple[str, object]:
+    name, _, value = change.partition("=")
+    name = name.strip().replace("-", "_")
+    if name not in KNOBS:
+        raise Problem(f"--systems has {text!r}, expected NAME:FIELD=VALUE;FIELD=VALUE, the fields being "
+                      f"{', '.join(KNOBS)}")
+    try:
+        return name, PARSERS.get(name, type(KNOBS[name].default))(value)
+    except Problem:
+        raise
+    except Exception:  # int's, float's and argparse's
+        raise Problem(f"--systems has {change!r}, expected such as {name}={KNOBS[name].default}") from None
