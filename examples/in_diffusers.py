@@ -15,7 +15,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import isadca
 from isadca.loading.load import default_weights
-from isadca.loop import condition
 from isadca.networks.layers import merge_heads, split_heads
 
 
@@ -69,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(args.weights, safety_checker=None, low_cpu_mem_usage=False)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     ref = isadca.invert(model, isadca.load_image(args.ref), args.steps)
-    theirs = vary_in_diffusers(pipe, ref, args.prompt, condition(model, ref, isadca.Run(args.prompt)).ip_kv)
+    [told] = isadca.conditions(model, ref, [isadca.Run(args.prompt)])
+    theirs = vary_in_diffusers(pipe, ref, args.prompt, told.ip_kv)
     theirs.save(args.out)
     [ours] = isadca.vary(model, ref, args.prompt)
     difference = np.abs(np.asarray(theirs, dtype=int) - np.asarray(ours, dtype=int)).max()

@@ -11,10 +11,10 @@ __version__ = "0.1.0"
 
 # which module each public name is in; __init__.pyi says the same to type checkers
 _HOME = {"attention": ["Site", "attend", "attend_reference", "attention_probs", "blend", "by_kind", "by_rows",
-                       "capture", "dca", "isa", "where"],
+                       "capture", "dca", "isa", "masked", "where"],
          "methods": ["Cosine", "Linear", "Method", "PRESETS"],
          "reference": ["Reference", "invert", "reconstruct", "replay"],
-         "loop": ["Controls", "Run", "condition", "decode", "predict", "sample", "vary"],
+         "loop": ["Controls", "Guided", "Options", "Run", "conditions", "decode", "predict", "sample", "vary"],
          "networks.model": ["Model"],
          "loading.load": ["default_weights", "load"],
          "common.images": ["load_image", "save_png"],

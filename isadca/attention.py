@@ -51,11 +51,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, site: Site | None = None, causal: bo
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def attend_and_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`attend` on a CPU, and log Σ exp(QKᵀ/√d) over the keys, (B,H,N), which carries no gradient."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-
-
 # ---- variants: factories that return an Attend. `kernel` is what they call in the end --------------------------
 
 def capture(store: KV, kernel: Attend = attend) -> Attend:
@@ -87,30 +82,6 @@ def isa(ref_kv: KV, mode: str = "append", kernel: Attend = attend) -> Attend:
     return attend_isa
 
 
-def blend_isa(ref_kv: KV, lam: float, mode: str = "append", kernel: Attend = attend) -> Attend:
-    """(1-λ)·plain + λ·ISA, for the price of ISA. It is `blend(kernel, isa(ref_kv, mode), lam)`, otherwise computed.
-
-    ISA's softmax runs over the reference's keys and z_t's own, so ISA = p·ref + (1-p)·own: attention to either alone,
-    and the share p that the reference gets. The blend is then own + λ·p·(ref - own), with two products of N × N
-    instead of three: 13 % of the arithmetic of SD1.5's UNet at 512². Only torch's CPU kernel gives what p needs, and
-    no gradient through it; elsewhere, and where a gradient is wanted, both sides are computed.
-    """
-    both = blend(kernel, isa(ref_kv, mode, kernel), lam)
-    if kernel is not attend or lam in (0, 1) or mode == "replace":
-        return both
-
-    def attend_blend(q, k, v, site):
-        if site.kind != "self" or q.device.type != "cpu":
-            return both(q, k, v, site)
-        k_ref, v_ref = (repeat_rows(x, len(q)) for x in ref_kv[site.name])
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, k_ref, v_ref)):
-            return both(q, k, v, site)
-        (own, own_sum), (ref, ref_sum) = attend_and_sum(q, k, v), attend_and_sum(q, k_ref, v_ref)
-        p = torch.sigmoid(ref_sum - own_sum).unsqueeze(-1).to(own.dtype)
-        return torch.lerp(own, ref, lam * p)
-    return attend_blend
-
-
 def dca(ip_kv: KV, scale: float = 1.0, kernel: Attend = attend) -> Attend:
     """Decoupled cross-attention, Eq. 8: attention to the text plus `scale` × attention to the image, same queries.
 
@@ -138,6 +109,21 @@ def blend(f: Attend, g: Attend, weight: float) -> Attend:
 def where(condition: Callable[[Site], bool], f: Attend, g: Attend = attend) -> Attend:
     """f at the sites that satisfy `condition`, g at the others: `where(lambda s: s.layer >= 10, isa(ref_kv))`."""
     return lambda q, k, v, site: (f if condition(site) else g)(q, k, v, site)
+
+
+def masked(f: Attend, g: Attend, mask: Tensor) -> Attend:
+    """f where the mask is 1, g where it is 0, between them a mix: control for a part of the picture.
+
+    `mask` is (h,w), or (N,h,w) for the variations of one batch, at any size; each layer sees it at its own grid.
+    """
+    mask = mask[None] if mask.ndim == 2 else mask
+
+    def attend_masked(q, k, v, site):
+        at_grid = F.interpolate(mask[:, None].to(q), size=site.hw, mode="area")           # (N,1,h,w)
+        weight = at_grid.flatten(2).transpose(1, 2)[:, None]                              # (N,1,h·w,1)
+        weight = weight.repeat(len(q) // len(weight), 1, 1, 1)                            # every half has N rows
+        return torch.lerp(g(q, k, v, site), f(q, k, v, site), weight)
+    return attend_masked
 
 
 def by_kind(on_self: Attend, on_cross: Attend) -> Attend:

@@ -61,6 +61,19 @@ class Schedule:
         grid = [i * stride + self.config.steps_offset for i in reversed(range(n))]
         return [Step(t, t - stride) for t in grid]
 
+    def step(self, z: Tensor, eps: Tensor, stride: Step) -> Tensor:
+        """One stride of sampling: z_t and the noise predicted at t -> z at t_prev."""
+        return step(z, eps, self.alpha_bar(stride.t), self.alpha_bar(stride.t_prev))
+
+    def inverse_step(self, z: Tensor, eps: Tensor, stride: Step) -> Tensor:
+        """The same stride walked up: z̄ at t_prev and a noise prediction -> z̄_t."""
+        return inverse_step(z, eps, self.alpha_bar(stride.t_prev), self.alpha_bar(stride.t))
+
+
+def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """N(0,1) in the shape of `like`, from a CPU generator in float64: one seed is one picture on every device."""
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
 
 def predict_x0(z: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
     """The clean latent that noise `eps` implies; the paper's step with σ = 0 is this, read literally."""

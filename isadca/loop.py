@@ -1,148 +1,244 @@
 """The method: one loop that denoises variations of a reference under ISA, DCA and λ.
 
-Read `sample` first; it is Algorithm 1 of the paper. What a step attends to is decided in `branches`, and nowhere
-else. To try an idea, write a function Controls -> Attend and pass it as the method's `mix`.
+Read `sample` first; it is Algorithm 1 of the paper. `predict` is one step's noise in three stages: which rows, what
+noise, how mixed. To try an idea, write a function of `Controls` and pass it as the method's `mix`.
 
 Shapes: N variations of one run, one per seed; G guidance halves, [unconditional, text]; (4,h,w) a latent.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .attention import KV, Attend, attend as plain_attend, blend_isa, by_kind, by_rows, dca, where
+from .attention import KV, Attend, attend, by_kind, by_rows, dca, isa, masked, where
 from .common.images import to_images
-from .common.progress import Progress, silent
-from .ddim import step
-from .methods import ISADCA, Method
+from .common.progress import Progress, shown, silent
+from .methods import ISADCA, Method, method_named
+from .networks.blend_isa import blend_isa
 from .networks.model import Model, Watch
-from .reference import Reference, Seen, replay
+from .reference import Reference, ReferenceStep, initial_latents, invert, replay_all
 
 
 @dataclass(frozen=True)
 class Run:
-    """One system, one prompt, one picture per seed."""
+    """One system, one prompt, one picture per seed. A prompt may be its embedding, (M,D), as `Model.context` gives."""
 
-    prompt: str
+    prompt: str | Tensor
     method: Method = ISADCA
     seeds: tuple[int, ...] = (0,)
-    negative: str = ""
+    negative: str | Tensor = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `sample` can be told beyond what it computes."""
+
+    replayed: Iterable[ReferenceStep | None] | None = None  # a kept list(replay(...)) of the reference
+    at_once: int = 5                      # steps of the reference in one call of the UNet
+    rows_at_once: int = 64                # rows of one call at most; a method of one's own gets its N whole
+    also: Sequence[Reference] = ()        # more references: their keys, values and image tokens join the first one's
+    mask: Tensor | None = None            # (h,w): the reference's control acts where it is 1
+    keep: Tensor | None = None            # (h,w): where it is 1, the reference's own latents stay
+    image_embeds: Tensor | None = None    # replaces the references' CLIP embedding
+    kernel: Attend = attend               # what attends in the end
+    progress: Progress | bool = silent
+    on_step: Callable[[Run, int, Tensor, "Noise"], Tensor | None] | None = None
+
+
+class Conditions(NamedTuple):
+    """What a run's steps share: it does not depend on t."""
+
+    context: Tensor                       # (G,M,D), the text of each guidance half
+    words: list[tuple[str, list[int]]]    # the prompt's words, each with its rows of the context
+    ip_kv: KV                             # rows (G,H,n,d); empty without an image branch
 
 
 class Controls(NamedTuple):
-    """What an attention function can be made of, at one step."""
+    """What an attention function can be made of, at one step. The rows of q are [unconditional: N | text: N]."""
 
-    t: int          # training step, 1000 ... 0
-    lam: float      # λ_t
-    ref_kv: KV      # the reference's keys and values at t, by site name
-    ip_kv: KV       # the image prompt's
+    z: Tensor                             # z_t, (N,4,h,w)
+    t: int                                # training step, 1000 ... 0
+    i: int                                # number of the step, 0 ... steps - 1
+    steps: int
+    lam: float | Tensor                   # λ_t
+    conditions: Conditions
+    ref_kv: KV                            # the reference's keys and values at t, by site name
+    ref_eps: Tensor | None                # the noise predicted for it
+    mask: Tensor | None
     method: Method
-    kernel: Attend  # what attends in the end
+    kernel: Attend
+
+    @property
+    def n(self) -> int:
+        return len(self.z)
+
+    @property
+    def halves(self) -> int:
+        return len(self.conditions.context)
+
+    @property
+    def ip_kv(self) -> KV:
+        return self.conditions.ip_kv
+
+
+class Guided(NamedTuple):
+    """One row of the UNet for each variation. Guidance adds weight × (its noise - the first row's noise)."""
+
+    context: Tensor                       # (1,M,D)
+    attend: Attend
+    weight: float
 
 
 class Noise(NamedTuple):
-    """The two guided predictions that Eq. 9 mixes, and the mix; (N,4,h,w) each."""
+    """The guided predictions of the two branches, and Eq. 9 of them, (N,4,h,w) each. A single branch is all three."""
 
     isa: Tensor
     dca: Tensor
     mixed: Tensor
 
 
-class Conditions(NamedTuple):
-    context: Tensor  # (G,M,D)
-    ip_kv: KV        # rows (G,H,n,d); empty without an image branch
+# ---- Algorithm 1 -----------------------------------------------------------------------------------------------
 
-
-def sample(model: Model, ref: Reference, runs: list[Run], replayed: Iterable[Seen | None] | None = None,
-           at_once: int = 5, rows_at_once: int = 64, image_embeds: Tensor | None = None,
-           kernel: Attend = plain_attend, progress: Progress = silent,
-           on_step: Callable[[Run, int, Tensor, Noise], None] | None = None) -> list[Tensor]:
+def sample(model: Model, ref: Reference, runs: list[Run], **options) -> list[Tensor]:
     """Algorithm 1, for several runs side by side: the reference is replayed once, whatever their number.
 
-    Returns z_0 of each run, (N,4,h,w). `replayed` is a kept `list(replay(...))`, otherwise `at_once` steps are
-    replayed at a time; `rows_at_once` bounds the batch of one UNet call; `image_embeds` replaces the reference's
-    CLIP embedding; `on_step(run, t, z_t, noise)` is called before each update.
+    Returns z_0 of each run, (N,4,h,w). `options` are those of `Options`. At each step the runs are computed in their
+    order, so that a later one may read what an earlier one's attention left. `on_step(run, t, z_t, noise)` is called
+    before each update; it may return another z_t, and the noise is then predicted from that.
+    Raises Problem for what the method, the model or the reference do not allow.
     """
-    T = model.schedule.config.train_steps
-    runs = [replace(run, method=run.method.check(T, len(model.unet.sites) // 2)) for run in runs]
-    if replayed is None:
-        wanted = lambda t: any(run.method.wants_reference(t, T) for run in runs)
-        replayed = replay(model, ref, wanted, at_once, kernel)
-    told = [condition(model, ref, run, image_embeds) for run in runs]
-    zs = [initial_latents(ref, run) for run in runs]
+    o, layers = Options(**options), len(model.unet.sites) // 2
+    runs = [replace(run, method=run.method.check(model.schedule.config.train_steps, layers)) for run in runs]
+    methods = [run.method for run in runs]
+    replayed = iter(replay_all(model, [ref, *o.also], methods, o.at_once, o.kernel, o.replayed))
+    told = conditions(model, ref, runs, o)
+    zs = [initial_latents(ref, run.method, run.seeds) for run in runs]
+    keep = None if o.keep is None else F.interpolate(o.keep[None, None].to(ref.chain), ref.chain.shape[2:], mode="area")
     watch = Watch(model, "sampling")
-    for (t, t_prev), seen in zip(progress(model.schedule.steps(ref.steps), "sampling"), replayed):
-        levels = model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev)
-        for i, run in enumerate(runs):
-            rows = max(1, rows_at_once // (4 if run.method.mix == "noise" else 2))
-            parts = [predict(model, z, t, told[i], seen, run.method, kernel) for z in zs[i].split(rows)]
-            noise = Noise(*map(torch.cat, zip(*parts)))
-            if on_step:
-                on_step(run, t, zs[i], noise)
-            zs[i] = watch(step(zs[i], noise.mixed, *levels), t)
+    for i, stride in enumerate(shown(o.progress)(model.schedule.steps(ref.steps), "sampling")):
+        reference_step = next(replayed)
+        for j, run in enumerate(runs):
+            controls = controls_at(model, stride.t, i, ref, run, zs[j], told[j], reference_step, o)
+            noise = predict_all(model, controls, o.rows_at_once)
+            changed = o.on_step(run, stride.t, zs[j], noise) if o.on_step else None
+            if changed is not None:
+                controls = controls._replace(z=changed)
+                noise = predict_all(model, controls, o.rows_at_once)
+            z = model.schedule.step(controls.z, noise.mixed, stride)
+            if keep is not None:
+                z = torch.lerp(z, ref.chain[ref.steps - i - 1], keep)  # what stays is re-read, and cannot drift
+            zs[j] = watch(z, stride.t)
     watch.done()
     return zs
 
 
-def predict(model: Model, z: Tensor, t: int, told: Conditions, seen: Seen | None, method: Method,
-            kernel: Attend) -> Noise:
+def controls_at(model: Model, t: int, i: int, ref: Reference, run: Run, z: Tensor, told: Conditions,
+                step: ReferenceStep | None, o: Options) -> Controls:
+    """One run's controls at one step, with the rows of the reference that its method reads."""
+    method = run.method
+    lam = method.lam_at(t, model.schedule.config.train_steps)
+    lam = lam.to(z) if isinstance(lam, Tensor) else lam
+    rows = min(method.ref_rows, len(told.context))
+    kv = {name: (k[-rows:], v[-rows:]) for name, (k, v) in step.kv.items()} if step else {}
+    return Controls(z, t, i, ref.steps, lam, told, kv, step.eps if step else None, o.mask, method, o.kernel)
+
+
+def predict_all(model: Model, controls: Controls, rows_at_once: int) -> Noise:
+    """`predict`, a part of the N variations at a time. A method of one's own may mix them: it gets them whole."""
+    mix = controls.method.mix
+    at_once = controls.n if callable(mix) else max(1, rows_at_once // (4 if mix == "noise" else 2))
+    parts = [predict(model, controls._replace(z=z)) for z in controls.z.split(at_once)]
+    return Noise(*map(torch.cat, zip(*parts)))
+
+
+# ---- one step --------------------------------------------------------------------------------------------------
+
+def predict(model: Model, controls: Controls) -> Noise:
     """Eq. 9: λ · ISA + (1 - λ) · DCA, between the noise that the two branches predict from the shared z_t.
 
     The DDIM step is affine in the noise and λ + (1 - λ) = 1, so this mixes the two updated latents, too.
     """
-    lam = method.lam_at(t, model.schedule.config.train_steps)
-    controls = Controls(t, lam, seen.kv if seen else {}, told.ip_kv, method, kernel)
-    attends = branches(controls)
-    n, halves = len(z), len(told.context)
-    rows = z.repeat(halves * len(attends), 1, 1, 1)                 # [ISA u | ISA c | DCA u | DCA c], n rows each
-    context = told.context.repeat_interleave(n, 0).repeat(len(attends), 1, 1)
-    attend = attends[0] if len(attends) == 1 else by_rows(halves * n, *attends)
-    eps = model.noise(rows, t, context, attend).chunk(len(attends))
-    eps_isa, eps_dca = (guide(e, halves, method.guidance) for e in (eps[0], eps[-1]))
-    if t > method.adain_above and seen:
-        eps_isa = adain(eps_isa, seen.eps)                          # before mixing, so that λ = 1 is RIVAL exactly
-    return Noise(eps_isa, eps_dca, torch.lerp(eps_dca, eps_isa, lam))
+    noise = guided_noise(model, controls, branches(controls))
+    eps_isa, eps_dca = noise[0], noise[-1]                          # a single branch is both
+    if controls.ref_eps is not None and controls.t > controls.method.adain_above:
+        eps_isa = adain(eps_isa, controls.ref_eps)                  # before mixing, so that λ = 1 is RIVAL exactly
+    return Noise(eps_isa, eps_dca, torch.lerp(eps_dca, eps_isa, controls.lam))
 
 
-def branches(controls: Controls) -> list[Attend]:
-    """What the step attends to: one function, or two where the noise of two branches will be mixed."""
-    t, lam, _, _, method, kernel = controls
-    if not method.controls(t):
-        return [kernel]
+def branches(controls: Controls) -> list[list[Guided]]:
+    """Which rows: one branch, or two whose noise will be mixed; each is a row for every guidance half."""
+    made = attends(controls)
+    halves, m = controls.conditions.context.split(1), controls.method.guidance
+    found = [f if isinstance(f, list) else [Guided(half, f, m) for half in halves]
+             for f in (made if isinstance(made, tuple) else (made,))]
+    if controls.mask is None:
+        return found
+    within = {row.attend: masked(row.attend, controls.kernel, controls.mask) for rows in found for row in rows}
+    return [[row._replace(attend=within[row.attend]) for row in rows] for rows in found]
+
+
+def attends(controls: Controls) -> Attend | tuple[Attend, Attend] | list[Guided]:
+    """What the step attends to: one function; two, whose noise is mixed; or a list of one's own guidance."""
+    method, lam = controls.method, controls.lam
+    if not method.is_active(controls.t):
+        return controls.kernel
     if callable(method.mix):
-        return [method.mix(controls)]
+        return method.mix(controls)
     if method.mix == "attention":
-        return [mix_in_attention(controls)]
-    isa_branch, dca_branch = isa_of(controls), dca(controls.ip_kv, method.ip_scale, kernel)
-    return [isa_branch] if lam == 1 else [dca_branch] if lam == 0 else [isa_branch, dca_branch]
+        return mix_in_attention(controls)
+    return isa_of(controls) if lam == 1 else dca_of(controls) if lam == 0 else (isa_of(controls), dca_of(controls))
 
 
-def isa_of(controls: Controls, weight: float = 1.0) -> Attend:
-    """The ISA branch: in the method's layers, reference alone or reference and self, as its thresholds say.
-    `weight` below 1 blends plain attention into it."""
+def isa_of(controls: Controls) -> Attend:
+    """The ISA branch, in the method's layers: reference alone or reference and self, as its threshold says."""
+    mode = "replace" if controls.t > controls.method.replace_above else "append"
+    return in_layers(controls.method.layers, isa(controls.ref_kv, mode, controls.kernel), controls.kernel)
+
+
+def dca_of(controls: Controls, share: float | Tensor = 1.0) -> Attend:
+    """The DCA branch, in the method's layers; `share` scales the image's part of it."""
     method, kernel = controls.method, controls.kernel
-    mode = "replace" if controls.t > method.replace_above else "append"
-    attend_isa = blend_isa(controls.ref_kv, weight, mode, kernel)
-    return attend_isa if method.layers is None else where(lambda s: s.layer in method.layers, attend_isa, kernel)
+    return in_layers(method.ip_layers, dca(controls.ip_kv, share * method.ip_scale, kernel), kernel)
 
 
 def mix_in_attention(controls: Controls) -> Attend:
     """The other reading of λ: mix inside every block, at half the rows. Self-attention is (1-λ)·plain + λ·ISA; in
     cross-attention the text is in both branches, so the image's share is what (1-λ) scales."""
-    _, lam, _, ip_kv, method, kernel = controls
-    return by_kind(isa_of(controls, lam), dca(ip_kv, (1 - lam) * method.ip_scale, kernel))
+    method, lam, kernel = controls.method, controls.lam, controls.kernel
+    mode = "replace" if controls.t > method.replace_above else "append"
+    mixed = in_layers(method.layers, blend_isa(controls.ref_kv, lam, mode, kernel), kernel)
+    return by_kind(mixed, dca_of(controls, 1 - lam))
 
 
-def guide(eps: Tensor, halves: int, m: float) -> Tensor:
-    """Classifier-free guidance, ε_u + m (ε_c - ε_u); arXiv 2207.12598. (G·N,4,h,w) -> (N,4,h,w)."""
-    if halves == 1:
-        return eps
-    eps_u, eps_c = eps.chunk(2)
-    return eps_u + m * (eps_c - eps_u)
+def in_layers(layers: tuple[int, ...] | None, f: Attend, g: Attend) -> Attend:
+    return f if layers is None else where(lambda site: site.layer in layers, f, g)
+
+
+def guided_noise(model: Model, controls: Controls, branches: list[list[Guided]]) -> list[Tensor]:
+    """What noise: the guided prediction of each branch, (N,4,h,w), all rows in one call of the UNet."""
+    n, rows = controls.n, [row for branch in branches for row in branch]
+    groups = [(n * len(list(same)), f) for f, same in groupby(rows, lambda row: row.attend)]
+    attend = groups[-1][1]
+    for size, f in groups[-2::-1]:
+        attend = by_rows(size, f, attend)
+    context = torch.cat([row.context for row in rows]).repeat_interleave(n, 0)
+    eps = iter(model.noise(controls.z.repeat(len(rows), 1, 1, 1), controls.t, context, attend).split(n))
+    return [guide(list(islice(eps, len(branch))), *(row.weight for row in branch[1:])) for branch in branches]
+
+
+def guide(eps: Sequence[Tensor], *weights: float) -> Tensor:
+    """Classifier-free guidance, ε_u + m (ε_c - ε_u), arXiv 2207.12598; with more rows, a weight for each of them."""
+    guided = eps[0]
+    for weight, other in zip(weights, eps[1:]):
+        guided = guided + weight * (other - eps[0])
+    return guided
 
 
 def adain(x: Tensor, ref: Tensor) -> Tensor:
@@ -153,42 +249,49 @@ def adain(x: Tensor, ref: Tensor) -> Tensor:
     return (x - mean) / std * ref_std + ref_mean
 
 
-def condition(model: Model, ref: Reference, run: Run, image_embeds: Tensor | None = None) -> Conditions:
-    """The prompts' context and the image prompt's keys and values, by guidance half. They do not depend on t."""
-    guided = run.method.guidance != 1
-    context = model.context([run.negative, run.prompt] if guided else [run.prompt])
-    if model.ip_adapter is None or not run.method.wants_image:
-        return Conditions(context, {})
-    tokens = model.image_tokens(ref.image, image_embeds)
+# ---- what the steps share --------------------------------------------------------------------------------------
+
+def conditions(model: Model, ref: Reference, runs: list[Run], o: Options = Options()) -> list[Conditions]:
+    """Each run's text and image prompt as the UNet reads them. The image encoder runs once for all."""
+    tokens = None
+    if model.ip_adapter is not None and any(run.method.wants_image for run in runs):
+        tokens = torch.cat([model.image_tokens(each.original or each.image, o.image_embeds)
+                            for each in (ref, *(() if o.image_embeds is not None else o.also))], dim=1)
+    return [condition(model, run, tokens) for run in runs]
+
+
+def condition(model: Model, run: Run, tokens: Tensor | None) -> Conditions:
+    """`tokens` are the image prompt's, [unconditional, image], (2,n,D)."""
+    prompts = [run.negative, run.prompt] if run.method.guidance != 1 else [run.prompt]
+    words = model.tokenizer.words(run.prompt) if isinstance(run.prompt, str) else []
+    if all(isinstance(prompt, str) for prompt in prompts):
+        context = model.context(prompts)
+    else:
+        context = torch.cat([model.context([p]) if isinstance(p, str) else p[None] for p in prompts])
+    if tokens is None or not run.method.wants_image:
+        return Conditions(context, words, {})
     unet = model.unet
-    kv = model.ip_adapter.keys_values(tokens if guided else tokens[1:], unet.sites, unet.config.n_heads)
-    return Conditions(context, kv)
+    kv = model.ip_adapter.keys_values(tokens[-len(prompts):], unet.sites, unet.config.n_heads)
+    return Conditions(context, words, kv)
 
 
-def initial_latents(ref: Reference, run: Run) -> Tensor:
-    """z_T of each seed, (N,4,h,w), from a CPU generator of its own: the same alone or in any batch."""
-    return torch.cat([_initial_latent(ref.chain[-1:], run.method, seed) for seed in run.seeds])
+# ---- in one call -----------------------------------------------------------------------------------------------
 
+def vary(model: Model, ref: Reference | Image.Image | str | Path, prompt: str | Sequence[str],
+         method: Method | str = ISADCA, seeds: Iterable[int] | int = (0,), negative: str = "",
+         **options) -> list[Image.Image]:
+    """Variations of a reference that follow `prompt`, one picture per seed; of several prompts, one after the other.
 
-def _initial_latent(z_T: Tensor, method: Method, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    normal = lambda: torch.randn(z_T.shape, generator=generator, dtype=torch.float64).to(z_T)
-    z = z_T
-    if method.init == "shuffle":  # one permutation of the cells for all channels keeps each cell's vector whole
-        order = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device)
-        z = z.flatten(2)[:, :, order].view_as(z)
-    elif method.init == "random":
-        z = normal()
-    if method.diversity:  # variance-preserving: what was N(0,1) stays N(0,1)
-        z = (1 - method.diversity) ** 0.5 * z + method.diversity**0.5 * normal()
-    return z
-
-
-def vary(model: Model, ref: Reference, prompt: str, method: Method = ISADCA, seeds: Iterable[int] = (0,),
-         negative: str = "", **options) -> list[Image.Image]:
-    """Variations of a reference that follow `prompt`, one picture per seed. `options` are those of `sample`."""
-    [z] = sample(model, ref, [Run(prompt, method, tuple(seeds), negative)], **options)
-    return decode(model, z)
+    A picture or its path is inverted first. `options` are fields of `Method`, which they change, and of `Options`.
+    """
+    changes = {field.name: options.pop(field.name) for field in fields(Method) if field.name in options}
+    method = replace(method_named(method) if isinstance(method, str) else method, **changes)
+    seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
+    if not isinstance(ref, Reference):
+        ref = invert(model, ref, progress=shown(options.get("progress", silent)))
+    prompts = [prompt] if isinstance(prompt, (str, Tensor)) else prompt
+    zs = sample(model, ref, [Run(each, method, seeds, negative) for each in prompts], **options)
+    return [picture for z in zs for picture in decode(model, z)]
 
 
 def decode(model: Model, z: Tensor) -> list[Image.Image]:

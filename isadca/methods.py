@@ -1,18 +1,22 @@
 """The systems as values: every knob of the sampling loop in one frozen dataclass, and the presets with their source.
 
-The loop is in loop.py. `t` counts training steps, from 1000 (noise) down to 0.
+The loop is in loop.py. `t` counts training steps, from 1000 (noise) down to 0. Thresholds are levels of t, whatever the
+number of steps. RIVAL and MasaCtrl count calls instead: at the 50 steps that both publish the two agree, at 30 RIVAL's
+changes come up to one step earlier, and MasaCtrl's four plain steps reach as far down as they are long.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Union
 
 from .common.problem import Problem
 
-Lambda = float | Callable[[int, int], float]  # a constant, or a function of (t, T)
+if TYPE_CHECKING:  # the command line's help reads this file and does not wait for torch
+    from torch import Tensor
 
-
-INITS = ("inverted", "shuffle", "random")
+Lambda = Union[float, "Tensor", Callable[[int, int], Union[float, "Tensor"]]]  # a constant, or a function of (t, T)
+INITS = ("inverted", "shuffle", "gaussian", "random")
 
 
 def knob(default, help: str, choices: tuple[str, ...] | None = None):
@@ -26,31 +30,35 @@ class Method:
 
     name: str = "isadca"
     lam: Lambda = knob(0.7, "λ of Eq. 9: 1 is ISA alone, 0 is DCA (IP-Adapter) alone; or linear:1:0.3, cosine:1:0")
-    mix: str | Callable = knob("noise", "where Eq. 9 mixes", ("noise", "attention"))  # or a function Controls -> Attend
+    mix: str | Callable = knob("noise", "where Eq. 9 mixes", ("noise", "attention"))  # or a function of loop.Controls
+    edit: Callable | None = None  # a function of loop.Controls that gives the UNet's `edit`, for hidden states
     guidance: float = knob(7.0, "m of classifier-free guidance; 1 is without")
     k: int = knob(0, "K of Algorithm 1: control is on for k < t <= t-start, elsewhere a step is plain")
     t_start: int = knob(1000, "see --k")
     replace_above: int = knob(1000, "for t above, ISA sees the reference alone; below, reference and self")
     adain_above: int = knob(1000, "for t above, ISA's noise takes the reference noise's mean and deviation")
     layers: tuple[int, ...] | None = knob(None, "ISA in these transformer blocks only, such as 10-15 or 0,1,6")
+    ref_rows: int = 1             # 1: both guidance halves read one reference; 2: each has its own, prompted as it is
     ip_scale: float = knob(1.0, "weight of DCA's image branch")
-    init: str = knob("inverted", "z_T: the reference's, its cells shuffled, or noise", INITS)
+    ip_layers: tuple[int, ...] | None = knob(None, "the image prompt in these transformer blocks only")
+    init: str = knob("inverted", "z_T: the reference's, its cells shuffled, its moments alone, or noise", INITS)
     diversity: float = knob(0.0, "d from 0 to 1: z_T becomes sqrt(1-d) z_T + sqrt(d) noise")
     source: str = "the paper, Algorithm 1; Eq. 9 between the two branches' noise"
 
-    def lam_at(self, t: int, T: int) -> float:
-        """λ_t, checked. Raises Problem outside [0,1]."""
-        lam = float(self.lam(t, T) if callable(self.lam) else self.lam)
+    def lam_at(self, t: int, T: int) -> "float | Tensor":
+        """λ_t, checked. A tensor stays one, so that gradients reach it. Raises Problem outside [0,1]."""
+        lam = self.lam(t, T) if callable(self.lam) else self.lam
         if not 0 <= lam <= 1:
             raise Problem(f"lam is {lam} at t = {t}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
         return lam
 
-    def controls(self, t: int) -> bool:
+    def is_active(self, t: int) -> bool:
+        """Whether the step at t is under control; elsewhere it is plain text guidance."""
         return self.k < t <= self.t_start
 
     def wants_reference(self, t: int, T: int) -> bool:
         """Whether the step at t uses the reference's keys and values, or its noise."""
-        return (self.lam_at(t, T) > 0 or callable(self.mix)) and (self.controls(t) or t > self.adain_above)
+        return (self.lam_at(t, T) > 0 or callable(self.mix)) and (self.is_active(t) or t > self.adain_above)
 
     @property
     def wants_image(self) -> bool:
@@ -63,6 +71,7 @@ class Method:
                  ("k", self.k, 0 <= self.k < T, f"0 to {T - 1}; control is on for t > k"),
                  ("t_start", self.t_start, self.k < self.t_start, f"more than k, which is {self.k}"),
                  ("ip_scale", self.ip_scale, math.isfinite(self.ip_scale), "a finite number; 1 is the paper's"),
+                 ("ref_rows", self.ref_rows, self.ref_rows in (1, 2), "1 or 2"),
                  ("diversity", self.diversity, 0 <= self.diversity <= 1, "0 to 1"),
                  ("init", self.init, self.init in INITS, " or ".join(INITS)),
                  ("mix", self.mix, callable(self.mix) or self.mix in ("noise", "attention"), "noise or attention")]
@@ -71,16 +80,24 @@ class Method:
                 raise Problem(f"{name} is {value}, expected {expected}")
         if not callable(self.lam):
             self.lam_at(T, T)
-        if self.layers is None or n_layers is None:
+        if n_layers is None:
             return self
-        if not all(-n_layers <= layer < n_layers for layer in self.layers):
-            raise Problem(f"layers is {self.layers}, expected 0 to {n_layers - 1}: this UNet has {n_layers} of them")
-        return replace(self, layers=tuple(layer % n_layers for layer in self.layers))
+        return replace(self, layers=counted("layers", self.layers, n_layers),
+                       ip_layers=counted("ip_layers", self.ip_layers, n_layers))
 
     @property
     def deterministic(self) -> bool:
         """Whether every seed gives the same picture."""
         return self.init == "inverted" and self.diversity == 0
+
+
+def counted(name: str, layers: tuple[int, ...] | None, n: int) -> tuple[int, ...] | None:
+    """Numbers of transformer blocks, all counted from the start. Raises Problem where the UNet has fewer."""
+    if layers is None:
+        return None
+    if not all(-n <= layer < n for layer in layers):
+        raise Problem(f"{name} is {layers}, expected some of 0 to {n - 1}: this UNet has {n} of them")
+    return tuple(layer % n for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,9 @@ PRESETS = {method.name: method for method in [
            source="RIVAL, arXiv 2305.18729; dvlab-research/RIVAL configs/rival_t2i.json, editing_early_steps 960"),
     Method("rival-edit", lam=1.0, replace_above=601, adain_above=600, init="inverted", t_start=901, ip_scale=0.0,
            source="RIVAL; dvlab-research/RIVAL configs/rival_editing.json, editing_early_steps 900"),
+    Method("rival-variation", lam=1.0, guidance=5.0, replace_above=601, adain_above=600, init="shuffle", ref_rows=2,
+           ip_scale=0.0,
+           source="RIVAL; dvlab-research/RIVAL configs/rival_variation.json; invert with the prompt"),
     Method("ip-adapter", lam=0.0, guidance=7.5, init="random",
            source="IP-Adapter, arXiv 2308.06721; tencent-ailab/IP-Adapter ip_adapter.py, generate()"),
     Method("masactrl", lam=1.0, guidance=7.5, replace_above=-1, t_start=901, layers=tuple(range(-6, 0)),

@@ -4,21 +4,25 @@ Inversion gives the chain z̄_0 ... z̄_T. The reference's keys and values at st
 are computed by *replaying* the known chain, several steps as one batch, and serve every variation, seed and λ.
 (Those of the inversion pass itself are other tensors: it evaluates z̄ of the level below with the label t.)
 
-References: the paper, Eq. 4; RIVAL, arXiv 2305.18729. Shapes: T steps, (4,h,w) a latent.
+References: the paper, Eq. 4; RIVAL, arXiv 2305.18729; fixed-point inversion, ReNoise, arXiv 2403.14602.
+Shapes: T steps, (4,h,w) a latent.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .attention import KV, Attend, attend as plain_attend, capture
-from .common.images import fit, to_images, to_tensor
+from .attention import KV, Attend, attend, capture
+from .common.images import fit, load_image, to_images, to_tensor
+from .common.problem import Problem
 from .common.progress import Progress, silent
-from .ddim import Step, inverse_step, step
+from .ddim import Step, draw_noise
+from .methods import Method
 from .networks.model import Model, Watch
 
 
@@ -26,76 +30,141 @@ from .networks.model import Model, Watch
 class Reference:
     """A picture and its inversion. `chain` is (T+1,4,h,w): clean latent first, z̄_T last."""
 
-    image: Image.Image
+    image: Image.Image                   # as the VAE saw it
     chain: Tensor
     prompt: str = ""
+    original: Image.Image | None = None  # before it was fitted: what the image prompt's encoder sees
 
     @property
     def steps(self) -> int:
         return len(self.chain) - 1
 
+    def every(self, k: int) -> "Reference":
+        """The same inversion for k times fewer steps of sampling. Raises Problem where k does not divide them."""
+        if self.steps % k:
+            raise Problem(f"the reference has {self.steps} steps, which {k} does not divide; invert with other steps")
+        kept = [0, *range(1, self.steps + 1, k)]  # the clean latent, and the levels that the longer strides visit
+        return replace(self, chain=self.chain[kept])
 
-class Seen(NamedTuple):
-    """What one step of the replay saw: the reference's keys and values, and the noise predicted for it."""
 
-    kv: KV
-    eps: Tensor
+class ReferenceStep(NamedTuple):
+    """One step of the replay: the reference's keys and values, and the noise predicted for it."""
+
+    kv: KV       # (1,H,M,d), or (2,H,M,d) with a row for each guidance half
+    eps: Tensor  # (1,4,h,w)
 
 
-def invert(model: Model, image: Image.Image, steps: int = 50, prompt: str = "", size: int | None = None,
-           attend: Attend = plain_attend, progress: Progress = silent, fit_by: str = "crop") -> Reference:
+def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, prompt: str = "", size: int | None = None,
+           kernel: Attend = attend, progress: Progress = silent, fit_by: str = "crop",
+           fixed_point: int = 0) -> Reference:
     """DDIM inversion of a picture, without guidance. The picture is fitted to the model's size, as images.fit does.
 
     RIVAL's convention: the stride from t-20 up to t evaluates the UNet on z̄ at level t-20 with the label t.
+    `fixed_point` iterations move that evaluation to z̄_t itself, one more UNet call each: the way back then retraces
+    the way up more closely.
     """
     grid = model.schedule.steps(steps)
-    image = fit(image, model.check_size(model.size if size is None else size), fit_by)
+    original = load_image(image) if isinstance(image, (str, Path)) else image
+    fitted = fit(original, model.check_size(model.size if size is None else size), fit_by)
     context = model.context([prompt])
-    chain = [model.encode(to_tensor(image))]
+    chain = [model.encode(to_tensor(fitted))]
     watch = Watch(model, "inverting")
-    for t, t_prev in progress(grid[::-1], "inverting"):
-        eps = model.noise(chain[-1], t, context, attend)
-        z = inverse_step(chain[-1], eps, model.schedule.alpha_bar(t_prev), model.schedule.alpha_bar(t))
-        chain.append(watch(z, t))
+    for stride in progress(grid[::-1], "inverting"):
+        z = chain[-1]
+        for _ in range(1 + fixed_point):
+            z = model.schedule.inverse_step(chain[-1], model.noise(z, stride.t, context, kernel), stride)
+        chain.append(watch(z, stride.t))
     watch.done()
-    return Reference(image, torch.cat(chain), prompt)
+    return Reference(fitted, torch.cat(chain), prompt, original)
 
 
-def reconstruct(model: Model, ref: Reference, attend: Attend = plain_attend,
-                progress: Progress = silent) -> Image.Image:
+def reconstruct(model: Model, ref: Reference, kernel: Attend = attend, progress: Progress = silent) -> Image.Image:
     """Plain DDIM from z̄_T back, without any control: the baseline x̃_0 of the paper's Fig. 1."""
     context, z = model.context([ref.prompt]), ref.chain[-1:]
     watch = Watch(model, "reconstructing")
-    for t, t_prev in progress(model.schedule.steps(ref.steps), "reconstructing"):
-        eps = model.noise(z, t, context, attend)
-        z = watch(step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev)), t)
+    for stride in progress(model.schedule.steps(ref.steps), "reconstructing"):
+        eps = model.noise(z, stride.t, context, kernel)
+        z = watch(model.schedule.step(z, eps, stride), stride.t)
     watch.done()
     return to_images(model.decode(z))[0]
 
 
 def replay(model: Model, ref: Reference, wanted: Callable[[int], bool] = lambda t: True, at_once: int = 5,
-           kernel: Attend = plain_attend) -> Iterator[Seen | None]:
+           kernel: Attend = attend, rows: int = 1) -> Iterator[ReferenceStep | None]:
     """What the reference looks like at each step, in sampling order; None at steps that are not wanted.
 
     `at_once` steps go through the UNet as one batch with per-row time steps: 1 is a live reference row, `ref.steps`
     a full cache; the result is the same. `list(replay(...))` keeps everything for several calls of `sample`.
+    `rows` is 1, or 2 for a reference of each guidance half: the first is prompted "", the second as it was inverted.
     """
     grid = model.schedule.steps(ref.steps)
-    ahead = [i for i, (t, _) in enumerate(grid) if wanted(t)]
-    context, seen = model.context([ref.prompt]), {}
+    ahead = [i for i, stride in enumerate(grid) if wanted(stride.t)]
+    context = model.context(["", ref.prompt][-rows:])
+    ready: dict[int, ReferenceStep] = {}
     for i in range(len(grid)):
-        if i in ahead and i not in seen:
+        if i in ahead and i not in ready:
             chunk = [j for j in ahead if j >= i][:at_once]
-            seen = dict(zip(chunk, _see(model, ref, [(j, grid[j]) for j in chunk], context, kernel)))
-        yield seen.pop(i, None)
+            ready = dict(zip(chunk, reference_steps(model, ref, [(j, grid[j]) for j in chunk], context, kernel)))
+        yield ready.pop(i, None)
 
 
-def _see(model: Model, ref: Reference, chunk: list[tuple[int, Step]], context: Tensor,
-         kernel: Attend) -> Iterator[Seen]:
-    z = torch.stack([ref.chain[ref.steps - i] for i, _ in chunk])           # step i starts at level T - i
-    t = torch.tensor([step.t for _, step in chunk], device=z.device)        # one time step per row
+def reference_steps(model: Model, ref: Reference, chunk: list[tuple[int, Step]], context: Tensor,
+                    kernel: Attend) -> Iterator[ReferenceStep]:
+    """The steps of `chunk`, (number, stride) each, in one pass of the UNet; `context` has a row for each reference."""
+    rows = len(context)
+    z = torch.stack([ref.chain[ref.steps - i] for i, _ in chunk])                # step i starts at level T - i
+    t = torch.tensor([stride.t for _, stride in chunk], device=z.device)         # one time step per row
     store: KV = {}
-    eps = model.noise(z, t, context.expand(len(z), -1, -1), capture(store, kernel))
-    for row in range(len(z)):
-        one = slice(row, row + 1)
-        yield Seen({name: (k[one], v[one]) for name, (k, v) in store.items()}, eps[one])
+    eps = model.noise(z.repeat_interleave(rows, 0), t.repeat_interleave(rows), context.repeat(len(chunk), 1, 1),
+                      capture(store, kernel))
+    for first in range(0, len(eps), rows):
+        own = slice(first, first + rows)
+        yield ReferenceStep({name: (k[own], v[own]) for name, (k, v) in store.items()}, eps[own][-1:])
+
+
+def replay_all(model: Model, refs: Sequence[Reference], methods: Sequence[Method], at_once: int, kernel: Attend,
+               replayed: Iterable[ReferenceStep | None] | None = None) -> Iterator[ReferenceStep | None]:
+    """What `methods` want of each step; of several references, their keys and values side by side.
+
+    `replayed` is a kept replay of the one reference. Raises Problem where it ends too early.
+    """
+    T = model.schedule.config.train_steps
+    wanted = lambda t: any(method.wants_reference(t, T) for method in methods)
+    rows = max(method.ref_rows for method in methods)
+    kept = [replay(model, ref, wanted, at_once, kernel, rows) for ref in refs] if replayed is None else [replayed]
+    n = 0 if not isinstance(replayed, Sequence) or len(replayed) == refs[0].steps else len(replayed)
+    for n, steps in enumerate([] if n else zip(*kept), 1):
+        yield steps[0] if len(steps) == 1 or steps[0] is None else joined(steps)
+    raise Problem(f"replayed has {n} steps, the reference has {refs[0].steps}; replay this reference, once a call")
+
+
+def joined(steps: Sequence[ReferenceStep]) -> ReferenceStep:
+    """Several references as one: the tokens of all of them, and the first one's noise."""
+    kv = {name: (torch.cat([step.kv[name][0] for step in steps], dim=2),
+                 torch.cat([step.kv[name][1] for step in steps], dim=2)) for name in steps[0].kv}
+    return ReferenceStep(kv, steps[0].eps)
+
+
+# ---- where sampling starts -------------------------------------------------------------------------------------
+
+def initial_latents(ref: Reference, method: Method, seeds: Sequence[int]) -> Tensor:
+    """z_T of each seed, (N,4,h,w), from a CPU generator of its own: the same alone or in any batch."""
+    if not seeds:
+        raise Problem("seeds is empty, expected one or more whole numbers; each is a picture")
+    return torch.cat([initial_latent(ref.chain[-1:], method, seed) for seed in seeds])
+
+
+def initial_latent(z_T: Tensor, method: Method, seed: int) -> Tensor:
+    """One seed's z_T, (1,4,h,w), from the reference's z̄_T. "gaussian" keeps only its moments by channel, as
+    the sixth equation of RIVAL's paper does."""
+    generator, z = torch.Generator().manual_seed(seed), z_T
+    if method.init == "shuffle":  # one permutation of the cells for all channels keeps each cell's vector whole
+        order = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device)
+        z = z.flatten(2)[:, :, order].view_as(z)
+    elif method.init == "random":
+        z = draw_noise(z_T, generator)
+    elif method.init == "gaussian":
+        z = z_T.mean((2, 3), keepdim=True) + z_T.std((2, 3), keepdim=True) * draw_noise(z_T, generator)
+    if method.diversity:  # variance-preserving: what was N(0,1) stays N(0,1)
+        z = (1 - method.diversity) ** 0.5 * z + method.diversity**0.5 * draw_noise(z_T, generator)
+    return z

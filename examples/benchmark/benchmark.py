@@ -34,7 +34,6 @@ import isadca
 from isadca.attention import attend
 from isadca.common.images import clip_pixels, to_tensor
 from isadca.loading.load import default_weights
-from isadca.loop import condition, predict
 
 HERE = Path(__file__).resolve().parent
 REF = HERE.parent / "cat.png"
@@ -226,8 +225,10 @@ def overhead(b: Bench) -> None:
     often = 1 if b.model.size >= 512 else 20
 
     def steps_of(method: isadca.Method) -> Callable:
-        told = condition(b.model, ref, isadca.Run("a lemon", method))
-        return lambda: [predict(b.model, ref.chain[:1], t, told, seen, method, attend).mixed for _ in range(often)]
+        [told] = isadca.conditions(b.model, ref, [isadca.Run("a lemon", method)])
+        controls = isadca.Controls(ref.chain[:1], t, 0, b.steps, method.lam_at(t, 1000), told, seen.kv, seen.eps, None,
+                                   method, attend)
+        return lambda: [isadca.predict(b.model, controls).mixed for _ in range(often)]
     alone = steps_of(isadca.Method(lam=1.0, ip_scale=0.0))
     b.compare("λ and DCA over ISA alone, a step, attention mix", steps_of(ATTENTION), alone, "ours")
     b.compare("λ and DCA over ISA alone, a step, noise mix", steps_of(NOISE), alone, "ours")

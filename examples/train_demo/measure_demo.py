@@ -75,7 +75,7 @@ def generate(prompts: list[str], guidance: float, seed: int, attend: Attend = pl
     z = torch.randn(n, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
     context = model.context([""] * n + prompts)
     for t, t_prev in model.schedule.steps(shared["steps"]):
-        eps = guide(model.noise(z.repeat(2, 1, 1, 1), t, context, attend), 2, guidance)
+        eps = guide(model.noise(z.repeat(2, 1, 1, 1), t, context, attend).chunk(2), guidance)
         z = step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev))
     return decode(model, z)
 

@@ -7,3 +7,11 @@ Progress = Callable[[list, str], Iterable]  # wraps a list of steps, e.g. in a p
 
 def silent(items: list, label: str) -> Iterable:
     return items
+
+
+def shown(progress: Progress | bool | None) -> Progress:
+    """A Progress as it is; True is tqdm's bar, a notebook's own in notebooks; False and None are silent."""
+    if progress is True:
+        from tqdm.auto import tqdm
+        return lambda items, label: tqdm(items, desc=label)
+    return progress or silent

@@ -74,7 +74,7 @@ def restyle(model: Model, controlnet: ControlNet, image: Image.Image, prompt: st
     for t, t_prev in progress(model.schedule.steps(steps), "sampling"):
         x = z.to(model.dtype)
         residuals = on_text_half(controlnet(x, t, context[1:], hint, pooled=True))
-        eps = guide(model.unet(x.expand(2, -1, -1, -1), t, context, residuals=residuals).to(z.dtype), 2, guidance)
+        eps = guide(model.unet(x.expand(2, -1, -1, -1), t, context, residuals=residuals).to(z.dtype).chunk(2), guidance)
         z = step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev))
     return decode(model, z)[0]
 

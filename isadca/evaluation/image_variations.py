@@ -36,6 +36,6 @@ def vary_image(model: Model, image: Image.Image, steps: int = 50, guidance: floa
     z = torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
                    for seed in seeds]).to(device, torch.promote_types(model.dtype, torch.float32))
     for t, t_prev in progress(model.schedule.steps(steps), "sampling"):
-        eps = guide(model.noise(z.repeat(2, 1, 1, 1), t, context), 2, guidance)
+        eps = guide(model.noise(z.repeat(2, 1, 1, 1), t, context).chunk(2), guidance)
         z = step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev))
     return decode(model, z)

@@ -11,7 +11,8 @@ from PIL import Image
 
 import isadca
 from isadca import Method, Run, attend, dca
-from isadca.loop import condition, initial_latents
+from steps import condition
+from isadca.reference import initial_latents
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def test_an_attend_function_serves_a_whole_pipeline(example, demo, cat, pipe):
     ref = isadca.Reference(cat, torch.full((6, 4, 16, 16), float("nan")))
     run = Run("a lemon", Method(lam=0.0, init="random"))
     example.install(pipe.unet, dca(condition(demo, ref, run).ip_kv))
-    theirs = pipe("a lemon", num_inference_steps=5, guidance_scale=7.0, latents=initial_latents(ref, run)).images[0]
+    latents = initial_latents(ref, run.method, run.seeds)
+    theirs = pipe("a lemon", num_inference_steps=5, guidance_scale=7.0, latents=latents).images[0]
     example.install(pipe.unet, attend)
     [ours] = isadca.vary(demo, ref, run.prompt, run.method)
     assert np.abs(np.asarray(theirs, int) - np.asarray(ours, int)).max() <= 1

@@ -8,7 +8,7 @@ import torch
 
 from isadca import Method, Run, invert, replay, sample, vary
 from isadca.common.images import to_images
-from isadca.loop import initial_latents
+from isadca.reference import initial_latents
 from isadca.methods import PRESETS
 
 TIGHT = dict(rtol=0, atol=1e-9)
@@ -103,7 +103,7 @@ def test_twice_the_same_30_steps(tiny, tiny_ref):
 
 def test_shuffle_moves_whole_cells(tiny_ref):
     z_T = tiny_ref.chain[-1]
-    [z] = initial_latents(tiny_ref, Run("", Method(init="shuffle"), seeds=(5,)))
+    [z] = initial_latents(tiny_ref, Method(init="shuffle"), (5,))
     assert not torch.equal(z, z_T)
     cells = [sorted(map(tuple, x.flatten(1).T.tolist())) for x in (z, z_T)]  # one 4-vector per cell
     assert cells[0] == cells[1]
@@ -111,28 +111,28 @@ def test_shuffle_moves_whole_cells(tiny_ref):
 
 def test_initial_latents_depend_on_their_seed_alone(tiny_ref):
     for method in (Method(init="random"), Method(init="shuffle"), Method(diversity=0.5)):
-        batch = initial_latents(tiny_ref, Run("", method, seeds=(1, 2, 3)))
-        assert torch.equal(batch[1:2], initial_latents(tiny_ref, Run("", method, seeds=(2,))))
+        batch = initial_latents(tiny_ref, method, (1, 2, 3))
+        assert torch.equal(batch[1:2], initial_latents(tiny_ref, method, (2,)))
         assert not torch.equal(batch[0], batch[1])
-    assert torch.equal(initial_latents(tiny_ref, Run("", Method())), tiny_ref.chain[-1:])
+    assert torch.equal(initial_latents(tiny_ref, Method(), (0,)), tiny_ref.chain[-1:])
 
 
 def test_a_run_that_names_no_seed_has_seed_0_alone(tiny_ref):
     method = Method(init="shuffle")
-    assert torch.equal(initial_latents(tiny_ref, Run("", method)), initial_latents(tiny_ref, Run("", method, (0,))))
+    assert torch.equal(initial_latents(tiny_ref, method, (0,)), initial_latents(tiny_ref, method, (0,)))
 
 
 def test_diversity_adds_the_noise_that_random_starts_from(tiny_ref):
     """z_T = √(1-d) z̄_T + √d ε, with the seed's ε."""
-    eps = initial_latents(tiny_ref, Run("", Method(init="random"), seeds=(4,)))
-    z = initial_latents(tiny_ref, Run("", Method(diversity=0.36), seeds=(4,)))
+    eps = initial_latents(tiny_ref, Method(init="random"), (4,))
+    z = initial_latents(tiny_ref, Method(diversity=0.36), (4,))
     torch.testing.assert_close(z, 0.8 * tiny_ref.chain[-1:] + 0.6 * eps)
 
 
 def test_diversity_keeps_the_variance(tiny_ref):
     wide = replace(tiny_ref, chain=torch.randn(2, 4, 64, 64))
     for d in (0.0, 0.3, 1.0):
-        z = initial_latents(wide, Run("", Method(diversity=d), seeds=tuple(range(4))))
+        z = initial_latents(wide, Method(diversity=d), tuple(range(4)))
         assert z.std().item() == pytest.approx(1, abs=0.02)
-    fresh = initial_latents(wide, Run("", Method(diversity=1.0)))
+    fresh = initial_latents(wide, Method(diversity=1.0), (0,))
     assert abs((fresh * wide.chain[-1]).mean().item()) < 0.03  # nothing of z̄_T is left

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import isadca
 from isadca import Linear, Method, Run
-from isadca.loop import initial_latents
+from isadca.reference import initial_latents
 
 PROMPT, NEGATIVE, STEPS, SIZE = "a lemon", "stripes, flat", 10, 16
 PAPER = Method(lam=0.7)
@@ -32,7 +32,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def ip_kv(theirs, cat):
-    return theirs.ip_keys_values(cat.resize((SIZE, SIZE)).resize(cat.size))
+    return theirs.ip_keys_values(cat)  # as it was before it was fitted
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ MIXES = pytest.mark.parametrize("mix, layout", [("noise", SIX), ("attention", FO
 @pytest.mark.parametrize("method, seeds", [(EVERYTHING, (3, 4)), (LAYERS, (5,))], ids=["everything", "layers"])
 def test_the_loop_is_the_naive_form(demo64, theirs, ip_kv, ref, method, seeds, mix, layout):
     run = Run(PROMPT, replace(method, mix=mix), seeds, NEGATIVE)
-    starts = initial_latents(ref, run).split(1)
+    starts = initial_latents(ref, run.method, run.seeds).split(1)
     expected = torch.cat([naive(theirs, layout, method, ip_kv, ref, z) for z in starts])
     [ours] = isadca.sample(demo64, ref, [run])
     assert_close(ours, expected, atol=1e-10, rtol=0)

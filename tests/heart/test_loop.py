@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from steps import condition, predict_at
 
 from isadca import Method, Problem, Run, attend, attend_reference, blend, by_kind, dca, isa, sample
 from isadca.app.cli import parse_lam
 from isadca.ddim import step
-from isadca.loop import adain, condition, guide, predict
+from isadca.loop import adain, guide
 from isadca.methods import PRESETS, Cosine, Linear, method_named
 from isadca.reference import replay
 
@@ -57,7 +58,7 @@ def test_lam_1_is_isa_alone(tiny, tiny_ref, mix):
     z = tiny_ref.chain[-1:]
     context = tiny.context(["", PROMPT])
     for (t, t_prev), seen in zip(tiny.schedule.steps(6), replay(tiny, tiny_ref)):
-        eps = guide(tiny.noise(torch.cat([z, z]), t, context, isa(seen.kv)), 2, 7.0)
+        eps = guide(tiny.noise(torch.cat([z, z]), t, context, isa(seen.kv)).chunk(2), 7.0)
         z = step(z, eps, tiny.schedule.alpha_bar(t), tiny.schedule.alpha_bar(t_prev))
     torch.testing.assert_close(run(tiny, tiny_ref, Method(lam=1, mix=mix)), z, **TIGHT)
 
@@ -105,10 +106,10 @@ def test_mixing_noise_is_mixing_the_updated_latents(tiny, tiny_ref):
 
 def test_guidance_and_mixing_commute():
     u, c, u2, c2 = torch.randn(4, 1, 4, 3, 3, dtype=torch.float64)
-    guided_after = guide(torch.cat([0.3 * u + 0.7 * u2, 0.3 * c + 0.7 * c2]), 2, 7.0)
-    guided_before = 0.3 * guide(torch.cat([u, c]), 2, 7.0) + 0.7 * guide(torch.cat([u2, c2]), 2, 7.0)
+    guided_after = guide([0.3 * u + 0.7 * u2, 0.3 * c + 0.7 * c2], 7.0)
+    guided_before = 0.3 * guide([u, c], 7.0) + 0.7 * guide([u2, c2], 7.0)
     torch.testing.assert_close(guided_after, guided_before)
-    assert torch.equal(guide(torch.cat([u, c]), 2, 0.0), u) and torch.equal(guide(c, 1, 7.0), c)
+    assert torch.equal(guide([u, c], 0.0), u) and torch.equal(guide([c]), c)
 
 
 def test_the_attention_mix_is_one_expression_of_the_seam(tiny, tiny_ref):
@@ -124,7 +125,7 @@ def test_reference_equal_to_the_variation_makes_isa_plain(tiny, tiny_ref):
     t = tiny.schedule.steps(6)[0].t
     told = condition(tiny, tiny_ref, Run("", Method(guidance=1, lam=1)))
     z = tiny_ref.chain[-1:]
-    isa_noise = predict(tiny, z, t, told, seen, Method(lam=1, guidance=1), attend).mixed
+    isa_noise = predict_at(tiny, z, t, told, seen, Method(lam=1, guidance=1)).mixed
     torch.testing.assert_close(isa_noise, tiny.noise(z, t, told.context), **TIGHT)
     torch.testing.assert_close(isa_noise, seen.eps, **TIGHT)
 
@@ -143,7 +144,7 @@ def test_eq_9_holds_for_any_lam_scale_guidance_and_step(tiny, tiny_ref, lam, sca
     z, told = tiny_ref.chain[3:4], condition(tiny, tiny_ref, Run(PROMPT, method))
 
     def noise(method):
-        return predict(tiny, z, t, told, seen, method, attend).mixed
+        return predict_at(tiny, z, t, told, seen, method).mixed
     ends = lam * noise(replace(method, lam=1)) + (1 - lam) * noise(replace(method, lam=0))
     torch.testing.assert_close(noise(method), ends, **TIGHT)
     by_hand = by_kind(blend(attend, isa(seen.kv), lam), dca(told.ip_kv, (1 - lam) * scale))
@@ -154,7 +155,7 @@ def test_eq_9_holds_for_any_lam_scale_guidance_and_step(tiny, tiny_ref, lam, sca
 @given(k=st.integers(0, 999), t_start=st.integers(1, 1000), t=st.integers(0, 1000), lam=st.floats(0, 1))
 def test_a_reference_row_is_asked_for_exactly_where_it_is_used(k, t_start, t, lam):
     method = Method(k=k, t_start=t_start, lam=lam)
-    assert method.controls(t) == (k < t <= t_start)
+    assert method.is_active(t) == (k < t <= t_start)
     assert method.wants_reference(t, 1000) == (k < t <= t_start and lam > 0)
     assert replace(method, adain_above=-1).wants_reference(t, 1000) == (lam > 0)
 

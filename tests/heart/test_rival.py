@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import isadca
 from isadca import PRESETS, Run
-from isadca.loop import initial_latents
+from isadca.reference import initial_latents
 from isadca.networks.sizes import UNetConfig
 from isadca.networks.unet import UNet
 
@@ -95,7 +95,7 @@ def assert_same_path(model, theirs, ref, run, oracle, seed: int = 0) -> None:
     ("rival", 50, 16, RIVAL_T2I), ("rival", 30, 16, RIVAL_T2I), ("rival-edit", 20, 32, RIVAL_EDITING)])
 def test_rival_presets_take_rivals_path(demo64, theirs, invert, preset, steps, size, settings):
     ref, run = invert(steps, size), Run(PROMPT, PRESETS[preset], seeds=(3,), negative=NEGATIVE)
-    z = initial_latents(ref, run)
+    z = initial_latents(ref, run.method, run.seeds)
     assert torch.equal(z, ref.chain[-1:]) != settings["shuffled"]
     diffusers_side.install(theirs.unet, lambda name: rival_rule(settings["early"]) if name.endswith("attn1")
                            else diffusers_side.plain)
@@ -106,7 +106,7 @@ def test_rival_presets_take_rivals_path(demo64, theirs, invert, preset, steps, s
 def test_shuffled_start_moves_whole_cells(invert):
     """RIVAL permutes positions, the same way in all channels: as a set, the cells' vectors stay what they were."""
     ref = invert(7, 16)
-    z = initial_latents(ref, Run(PROMPT, PRESETS["rival"], seeds=(0, 1)))
+    z = initial_latents(ref, PRESETS["rival"], (0, 1))
     cells = [sorted(map(tuple, row.flatten(1).T.tolist())) for row in (*z, ref.chain[-1])]
     assert cells[0] == cells[1] == cells[2] and not torch.equal(z[0], z[1])
 
@@ -141,4 +141,4 @@ def test_masactrl_layers_are_the_fine_half_of_the_way_up():
     method = PRESETS["masactrl"].check(1000, len(sites))
     chosen = [site.name[: len("up_blocks.2.attentions.0")] for site in sites if site.layer in method.layers]
     assert len(sites) == 16 and chosen == [f"up_blocks.{i}.attentions.{j}" for i in (2, 3) for j in range(3)]
-    assert [t for t in range(981, 0, -20) if not method.controls(t)] == [981, 961, 941, 921]
+    assert [t for t in range(981, 0, -20) if not method.is_active(t)] == [981, 961, 941, 921]

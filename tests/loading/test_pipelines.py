@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import isadca
 from isadca import Method, Reference, Run
-from isadca.loop import initial_latents
+from isadca.reference import initial_latents
 
 PROMPT, NEGATIVE = "a lemon, soft, on a blue background", "stripes, flat"
 DCA = Method(lam=0.0, init="random")
@@ -47,8 +47,9 @@ def placeholder(image, steps: int) -> Reference:
 
 
 def their_picture(pipe, ref, run, **more) -> np.ndarray:
+    latents = initial_latents(ref, run.method, run.seeds)
     pictures = pipe(run.prompt, negative_prompt=run.negative, num_inference_steps=ref.steps,
-                    guidance_scale=run.method.guidance, latents=initial_latents(ref, run), output_type="np", **more)
+                    guidance_scale=run.method.guidance, latents=latents, output_type="np", **more)
     return pictures.images[0] * 255
 
 

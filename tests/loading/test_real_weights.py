@@ -26,9 +26,8 @@ import isadca
 from isadca import Method, Reference, Run
 from isadca.app import fetch
 from isadca.app.cli import main
-from isadca.attention import attend
 from isadca.loading.load import parts_of
-from isadca.loop import condition, predict
+from steps import condition, predict_at
 
 weights = pytest.mark.weights
 
@@ -55,7 +54,7 @@ def pndm_picture(model: isadca.Model, scheduler: PNDMScheduler, image: Image.Ima
     told = condition(model, Reference(image, z), run)
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps.tolist():
-        z = scheduler.step(predict(model, z, t, told, None, run.method, attend).mixed, t, z).prev_sample
+        z = scheduler.step(predict_at(model, z, t, told, None, run.method).mixed, t, z).prev_sample
     return values(model.decode(z))
 
 

@@ -19,7 +19,8 @@ from isadca.attention import attend, attend_reference
 from isadca.common.problem import Problem
 from isadca.ddim import Schedule, ScheduleConfig
 from isadca.loading.config_json import read_config
-from isadca.loop import Run, initial_latents
+from isadca.loop import Run
+from isadca.reference import initial_latents
 from isadca.networks.clip import CLIPText, activation
 from isadca.networks.ip_adapter import IPAdapter
 from isadca.networks.layers import GEGLU, timestep_embedding
@@ -231,10 +232,10 @@ def test_first_and_last_ddim_step_use_the_levels_of_training():
 def test_a_seed_means_the_same_start_alone_and_in_a_batch(method):
     """From a CPU generator per picture: independent of the batch, of torch's global state, and of the device."""
     ref = Reference(Image.new("RGB", (8, 8)), torch.randn(3, 4, 6, 6))
-    batch = initial_latents(ref, Run("", method, seeds=(5, 6, 7)))
+    batch = initial_latents(ref, method, (5, 6, 7))
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    alone = initial_latents(ref, Run("", method, seeds=(6,)))
+    alone = initial_latents(ref, method, (6,))
     assert torch.equal(batch[1:2], alone)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.allclose(batch[0], batch[2])
@@ -242,7 +243,7 @@ def test_a_seed_means_the_same_start_alone_and_in_a_batch(method):
 
 def test_a_seeds_noise_is_the_cpu_generators():
     ref = Reference(Image.new("RGB", (8, 8)), torch.zeros(3, 4, 6, 6))
-    z = initial_latents(ref, Run("", isadca.Method(init="random"), seeds=(5,)))
+    z = initial_latents(ref, isadca.Method(init="random"), (5,))
     expected = torch.randn(1, 4, 6, 6, generator=torch.Generator("cpu").manual_seed(5), dtype=torch.float64)
     assert torch.equal(z, expected.float())
 

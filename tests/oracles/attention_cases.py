@@ -17,7 +17,6 @@ from isadca.attention import (
     attend,
     attend_reference,
     blend,
-    blend_isa,
     by_kind,
     by_rows,
     capture,
@@ -25,6 +24,7 @@ from isadca.attention import (
     isa,
     where,
 )
+from isadca.networks.blend_isa import blend_isa
 
 SELF = Site("up_blocks.2.attentions.1.transformer_blocks.0.attn1", "self", "up", 11, (4, 4))
 CROSS = SELF._replace(name="up_blocks.2.attentions.1.transformer_blocks.0.attn2", kind="cross")
