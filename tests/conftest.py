@@ -64,7 +64,8 @@ def tiny_model(dtype: torch.dtype = torch.float64) -> Model:
         network.to(dtype).eval().requires_grad_(False)
     tokenizer = Tokenizer.from_folder(DEMO / "tokenizer", 12)
     unet, vae, text, vision, adapter = networks
-    return Model(unet, vae, text, tokenizer, Schedule(), vision, adapter, torch.device("cpu"), dtype)
+    return Model(unet=unet, vae=vae, text=text, tokenizer=tokenizer, schedule=Schedule(), vision=vision,
+                 ip_adapter=adapter, device=torch.device("cpu"), dtype=dtype)
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def restyle(model: Model, controlnet: ControlNet, image: Image.Image, prompt: st
     hint = (to_tensor(shuffle_content(fit(image, side), seed, cell=side // 2)) + 1) / 2
     hint, context = hint.to(device, model.dtype), model.context(["", prompt])
     z = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    z = z.to(device, torch.promote_types(model.dtype, torch.float32))
+    z = z.to(device, model.latent_dtype)
     for t, t_prev in progress(model.schedule.steps(steps), "sampling"):
         x = z.to(model.dtype)
         residuals = on_text_half(controlnet(x, t, context[1:], hint, pooled=True))

@@ -34,7 +34,7 @@ def vary_image(model: Model, image: Image.Image, steps: int = 50, guidance: floa
     embed = model.vision(squash_pixels(image, model.vision.config.image_size).to(device, model.dtype))[0][:, None]
     context = torch.cat([torch.zeros_like(embed), embed]).repeat_interleave(len(seeds), 0)  # (2·B,1,P)
     z = torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-                   for seed in seeds]).to(device, torch.promote_types(model.dtype, torch.float32))
+                   for seed in seeds]).to(device, model.latent_dtype)
     for t, t_prev in progress(model.schedule.steps(steps), "sampling"):
         eps = guide(model.noise(z.repeat(2, 1, 1, 1), t, context).chunk(2), guidance)
         z = step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev))

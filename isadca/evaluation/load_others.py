@@ -77,7 +77,8 @@ def load_image_variations(folder: str | Path, dtype: torch.dtype = torch.float32
         raise Problem(f"{files['vision']}: an image encoder that projects to {vision.config.projection_dim}, the UNet "
                       f"expects {unet.config.context_dim}; they belong to different models")
     schedule = Schedule(ScheduleConfig())
-    return Model(unet, networks["vae"], None, None, schedule, vision, None, torch.device(device), dtype, files)
+    return Model(unet=unet, vae=networks["vae"], text=None, tokenizer=None, schedule=schedule, vision=vision,
+                 ip_adapter=None, device=torch.device(device), dtype=dtype, files=files)
 
 
 def _prior_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> PriorConfig:

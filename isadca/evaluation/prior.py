@@ -58,7 +58,7 @@ class PriorBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         masked = lambda q, k, v, site: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         normed = self.norm1(x)
-        x = x + self.attn1(normed, normed, masked, (0, 0))
+        x = x + self.attn1(normed, normed, masked)
         return x + self.ff(self.norm3(x))
 
 

@@ -70,9 +70,8 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
     text = networks["text"]
     folder = weights if weights.is_dir() else weights.parent
     schedule = Schedule(read_config(ScheduleConfig, folder / "scheduler" / "scheduler_config.json"))
-    return Model(networks["unet"], networks["vae"], text, load_tokenizer(weights, text.config), schedule,
-                 networks.get("vision"), networks.get("ip_adapter"), device, dtype,
-                 {kind: part.path for kind, part in found.items()})
+    return Model(**{"vision": None, "ip_adapter": None} | networks, tokenizer=load_tokenizer(weights, text.config),
+                 schedule=schedule, device=device, dtype=dtype, files={kind: part.path for kind, part in found.items()})
 
 
 def default_weights() -> Path:

@@ -12,9 +12,12 @@ from .layers import merge_heads, split_heads
 from .sizes import CLIPTextConfig, CLIPVisionConfig
 
 
-def activation(name: str):
-    """OpenAI's models use quick_gelu, x·σ(1.702x); OpenCLIP's the exact GELU."""
-    return {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}[name]
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's activation; OpenCLIP's is the exact GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class SelfAttention(nn.Module):
@@ -31,7 +34,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, act: str):
         super().__init__()
-        self.act = activation(act)
+        self.act = ACTIVATIONS[act]
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import Attend, Site, attend as plain_attend
+from ..attention import KV, Attend, Site, attend as plain_attend, repeat_rows
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -32,32 +32,16 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))  # (B, dim) -> (B, 4·dim)
 
 
-class Conv3x3(nn.Conv2d):
-    """3×3 convolution, padding 1. On a CPU, a large weight meets a small grid as a matrix product: oneDNN rearranges
-    the weight at every call, at SD1.5's 8×8 level for longer than it then computes (36 -> 16 ms; 5 % of a forward).
-    """
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__(c_in, c_out, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, _, *hw = x.shape
-        if x.device.type == "cpu" and rows * math.prod(hw) <= 128 and self.weight.numel() >= 2**22:
-            patches = F.unfold(x, 3, padding=1)                                   # (B, 9·C, N)
-            return (self.weight.flatten(1) @ patches + self.bias[:, None]).unflatten(2, hw)
-        return super().forward(x)
-
-
 class ResnetBlock2D(nn.Module):
     """norm, silu, conv, twice, around a residual; the time embedding is added in between (not in the VAE)."""
 
     def __init__(self, c_in: int, c_out: int, temb_dim: int | None, groups: int, eps: float):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
-        self.conv1 = Conv3x3(c_in, c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(temb_dim, c_out) if temb_dim else None
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
-        self.conv2 = Conv3x3(c_out, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
@@ -101,10 +85,18 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.site: Site | None = None  # who we are; the UNet says so when it is built
 
-    def forward(self, x: Tensor, context: Tensor, attend: Attend, hw: tuple[int, int]) -> Tensor:
-        q, k, v = (split_heads(x, self.heads) for x in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        y = attend(q, k, v, self.site and self.site._replace(hw=hw))
-        return self.to_out[0](merge_heads(y))
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """K = W_K c and V = W_V c. (B,M,D) -> two of (B,H,M,d)."""
+        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+
+    def forward(self, x: Tensor, context: Tensor | KV, attend: Attend) -> Tensor:
+        """x (B,N,C). `context` is (B,M,D), or what `UNet.keys_values` made of it once, which is not projected again."""
+        q = split_heads(self.to_q(x), self.heads)
+        if isinstance(context, Tensor):
+            k, v = self.keys_values(context)
+        else:
+            k, v = (repeat_rows(y, len(q)) for y in context[self.site.name])
+        return self.to_out[0](merge_heads(attend(q, k, v, self.site)))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -146,10 +138,10 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor, attend: Attend, hw: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KV, attend: Attend) -> Tensor:
         normed = self.norm1(x)
-        x = x + self.attn1(normed, normed, attend, hw)
-        x = x + self.attn2(self.norm2(x), context, attend, hw)
+        x = x + self.attn1(normed, normed, attend)
+        x = x + self.attn2(self.norm2(x), context, attend)
         return x + self.ff(self.norm3(x))
 
 
@@ -163,23 +155,25 @@ class Transformer2D(nn.Module):
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, heads, context_dim)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, attend: Attend) -> Tensor:
-        hw = x.shape[-2:]
-        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # (B,C,h,w) -> (B,N,C); one copy,
-        # where every layer below would make its own: 4 % of a forward on a CPU
-        y = self.transformer_blocks[0](y, context, attend, tuple(hw))
-        return x + self.proj_out(y.transpose(1, 2).unflatten(2, hw))  # (B,N,C) -> (B,C,h,w)
+    def forward(self, x: Tensor, context: Tensor | KV, attend: Attend) -> Tensor:
+        h, w = x.shape[-2:]
+
+        def attend_on_grid(q, k, v, site):
+            return attend(q, k, v, site._replace(hw=(h, w)))
+        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B,C,h,w) -> (B,N,C)
+        # one copy here, where every layer below would make its own: 4 % of a forward on a CPU
+        tokens = self.transformer_blocks[0](tokens.contiguous(), context, attend_on_grid)
+        return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, (h, w)))  # (B,N,C) -> (B,C,h,w)
 
 
 class ImageAttention(Attention):
-    """The VAE's single-head self-attention over the grid: its own norm, biases, and no seam."""
+    """The VAE's single-head self-attention over the grid: its own norm, biases, and always plain attention."""
 
     def __init__(self, channels: int, groups: int, eps: float):
         super().__init__(channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        hw = x.shape[-2:]
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B,C,h,w) -> (B,N,C)
-        y = super().forward(tokens, tokens, plain_attend, tuple(hw))
-        return x + y.transpose(1, 2).unflatten(2, hw)
+        y = super().forward(tokens, tokens, plain_attend)
+        return x + y.transpose(1, 2).unflatten(2, x.shape[-2:])

@@ -1,4 +1,4 @@
-"""The loaded networks together, and the few calls between them that the loop needs. loading.py makes one."""
+"""The loaded networks together, and the few calls between them that the loop needs. `isadca.load` makes one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,18 +7,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attention import Attend, attend as plain_attend
+from ..attention import KV, Attend, attend as plain_attend
 from ..common.images import clip_pixels
 from ..common.problem import Problem
 from ..ddim import Schedule
 from .clip import CLIPText, CLIPVision
 from .ip_adapter import IPAdapter
 from .tokenizer import Tokenizer
-from .unet import UNet
+from .unet import Edit, UNet
 from .vae import VAE
 
 
-@dataclass
+@dataclass(kw_only=True, repr=False, eq=False)
 class Model:
     """Everything a run needs, loaded. Nothing in it changes while it runs."""
 
@@ -33,6 +33,11 @@ class Model:
     dtype: torch.dtype
     files: dict[str, Path] = field(default_factory=dict)  # which file each network came from
 
+    def __repr__(self) -> str:
+        image = "with" if self.ip_adapter else "without"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<isadca.Model: {self.size} pixels, {image} an IP-Adapter, {dtype} on {self.device}>"
+
     @property
     def size(self) -> int:
         """Side in pixels of the pictures it was trained on."""
@@ -46,9 +51,10 @@ class Model:
                           "trained on")
         return size
 
-    def noise(self, z: Tensor, t: Tensor | int, context: Tensor, attend: Attend = plain_attend) -> Tensor:
+    def noise(self, z: Tensor, t: Tensor | int, context: Tensor | KV, attend: Attend = plain_attend,
+              edit: Edit | None = None) -> Tensor:
         """ε_θ(z_t, t, c), computed in the model's dtype. Latents stay float32 (or wider) between the steps."""
-        return self.unet(z.to(self.dtype), t, context, attend).to(z.dtype)
+        return self.unet(z.to(self.dtype), t, context, attend, edit=edit).to(z.dtype)
 
     def context(self, prompts: list[str]) -> Tensor:
         """Prompts -> (len, tokens, width)."""
@@ -56,32 +62,41 @@ class Model:
 
     def encode(self, pixels: Tensor) -> Tensor:
         z = self.vae.encode(pixels.to(self.device, self._vae_dtype))
-        return Watch(self, "encoding")(z.to(self._latent_dtype))
+        return Watch(self, "encoding")(z.to(self.latent_dtype))
 
     def decode(self, z: Tensor) -> Tensor:
         return Watch(self, "decoding")(self.vae.decode(z.to(self._vae_dtype)))
 
     def image_tokens(self, image: Image.Image | None = None, embeds: Tensor | None = None) -> Tensor:
-        """The adapter's tokens of a picture, [unconditional, image], (2,n,D). `embeds` (1,P), or (1,L,W) for the
-        plus family, replaces the encoder. Raises Problem where there is no adapter or it reads another width."""
-        if self.ip_adapter is None:
+        """The adapter's tokens, [no image, image], (2,n,D), of a picture or of an encoder's `embeds`: (1,P), or the
+        (1,L,W) patch states that the plus family reads. Raises Problem where something is missing or does not fit."""
+        adapter = self.ip_adapter
+        if adapter is None:
             raise Problem("the image branch needs an IP-Adapter; give one with --ip-adapter, or --ip-scale 0")
-        blank = None
-        if embeds is None or self.ip_adapter.reads_patches:
-            if self.vision is None:
-                raise Problem("the IP-Adapter needs an image encoder; give one with --image-encoder")
-            size = self.vision.config.image_size
-            which = 1 if self.ip_adapter.reads_patches else 0
-            blank = self.vision(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))[which]
         if embeds is None:
-            embeds = self.vision(clip_pixels(image, size).to(self.device, self.dtype))[which]
-        if embeds.shape[-1] != self.ip_adapter.embed_dim:
-            raise Problem(f"image_embeds are {embeds.shape[-1]} wide, the IP-Adapter reads {self.ip_adapter.embed_dim}")
+            embeds = self._see(clip_pixels(image, self._vision().config.image_size))
+        expected = f"(1, patches, {adapter.embed_dim})" if adapter.reads_patches else f"(1, {adapter.embed_dim})"
+        if (embeds.ndim, len(embeds), embeds.shape[-1]) != (2 + adapter.reads_patches, 1, adapter.embed_dim):
+            raise Problem(f"image_embeds are {tuple(embeds.shape)}, this IP-Adapter reads {expected}")
         embeds = embeds.to(self.device, self.dtype)
-        return self.ip_adapter.tokens(embeds, blank if self.ip_adapter.reads_patches else torch.zeros_like(embeds))
+        if not adapter.reads_patches:
+            return adapter.tokens(embeds, torch.zeros_like(embeds))
+        side = self._vision().config.image_size
+        return adapter.tokens(embeds, self._see(torch.zeros(1, 3, side, side)))
+
+    def _see(self, pixels: Tensor) -> Tensor:
+        """What the adapter reads of CLIP-normalised pixels: the image embedding or the patch states."""
+        embedding, patches = self._vision()(pixels.to(self.device, self.dtype))
+        return patches if self.ip_adapter.reads_patches else embedding
+
+    def _vision(self) -> CLIPVision:
+        if self.vision is None:
+            raise Problem("the IP-Adapter needs an image encoder; give one with --image-encoder")
+        return self.vision
 
     @property
-    def _latent_dtype(self) -> torch.dtype:
+    def latent_dtype(self) -> torch.dtype:
+        """Of what the steps add up: float32, or wider where the networks are."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property

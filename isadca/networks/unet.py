@@ -8,71 +8,85 @@ At SD1.5's sizes (`UNetConfig()`), for a 64 × 64 latent:
     mid                                                   res, attn, res
     up             3 res+attn   3 res+attn   3 res+attn   3 res           each but level 0 ends in an upsample
 
+Two functions can be passed in: `attend`, called at every attention layer, and `edit`, called on every activation.
 Reference: LDM, arXiv 2112.10752. Shapes: B rows, h × w latent grid, M context tokens, D context width.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import Attend, Site, attend as plain_attend
+from ..attention import KV, Attend, Site, attend as plain_attend
+from .cpu_conv import speed_up_convolutions
 from .layers import Downsample2D, ResnetBlock2D, TimestepEmbedding, Transformer2D, Upsample2D, timestep_embedding
 from .sizes import UNetConfig
 
 EPS = 1e-5  # of the UNet's group norms; Transformer2D has its own
 
+Edit = Callable[[Tensor, str], Tensor]  # (B,C,h,w) and the place it comes from -> what goes on in its stead
 
-class DownBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int, attends: bool, last: bool, config: UNetConfig):
+
+def unedited(h: Tensor, place: str) -> Tensor:
+    return h
+
+
+class Block(nn.Module):
+    """Resnets, each followed by a transformer while there are any: as it is, the middle; below, its two kinds."""
+
+    def __init__(self, name: str, c_ins: list[int], c_out: int, transformers: int, config: UNetConfig):
         super().__init__()
-        n, temb_dim, groups = config.layers_per_block, 4 * config.channels[0], config.norm_groups
-        self.resnets = nn.ModuleList(
-            [ResnetBlock2D(c_in if j == 0 else c_out, c_out, temb_dim, groups, EPS) for j in range(n)])
+        self.name = name  # its checkpoint prefix
+        temb_dim, groups = 4 * config.channels[0], config.norm_groups
+        self.resnets = nn.ModuleList([ResnetBlock2D(c_in, c_out, temb_dim, groups, EPS) for c_in in c_ins])
         self.attentions = nn.ModuleList(
-            [Transformer2D(c_out, config.n_heads, config.context_dim, groups) for _ in range(n if attends else 0)])
+            [Transformer2D(c_out, config.n_heads, config.context_dim, groups) for _ in range(transformers)])
+
+    def layer(self, j: int, x: Tensor, temb: Tensor, context: Tensor | KV, attend: Attend, edit: Edit) -> Tensor:
+        x = edit(self.resnets[j](x, temb), f"{self.name}.resnets.{j}")
+        if j < len(self.attentions):
+            x = edit(self.attentions[j](x, context, attend), f"{self.name}.attentions.{j}")
+        return x
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | KV, attend: Attend, edit: Edit) -> Tensor:
+        for j in range(len(self.resnets)):
+            x = self.layer(j, x, temb, context, attend, edit)
+        return x
+
+
+class DownBlock(Block):
+    def __init__(self, name: str, c_in: int, c_out: int, attends: bool, last: bool, config: UNetConfig):
+        n = config.layers_per_block
+        super().__init__(name, [c_in] + [c_out] * (n - 1), c_out, n if attends else 0, config)
         self.downsamplers = nn.ModuleList([] if last else [Downsample2D(c_out)])
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor, attend: Attend) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | KV, attend: Attend,
+                edit: Edit) -> tuple[Tensor, list[Tensor]]:
         skips = []
-        for j, resnet in enumerate(self.resnets):
-            x = resnet(x, temb)
-            if self.attentions:
-                x = self.attentions[j](x, context, attend)
+        for j in range(len(self.resnets)):
+            x = self.layer(j, x, temb, context, attend, edit)
             skips.append(x)
         for downsample in self.downsamplers:
-            x = downsample(x)
+            x = edit(downsample(x), f"{self.name}.downsamplers.0")
             skips.append(x)
         return x, skips
 
 
-class MidBlock(nn.Module):
-    def __init__(self, channels: int, config: UNetConfig):
-        super().__init__()
-        temb_dim, groups = 4 * config.channels[0], config.norm_groups
-        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, temb_dim, groups, EPS) for _ in range(2)])
-        self.attentions = nn.ModuleList([Transformer2D(channels, config.n_heads, config.context_dim, groups)])
+class UpBlock(Block):
+    """Each resnet reads x and one skip, the activation that the way down left at this size, last one first."""
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor, attend: Attend) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, temb), context, attend)
-        return self.resnets[1](x, temb)
-
-
-class UpBlock(nn.Module):
-    def __init__(self, c_ins: list[int], c_out: int, attends: bool, last: bool, config: UNetConfig):
-        super().__init__()
-        n, temb_dim, groups = len(c_ins), 4 * config.channels[0], config.norm_groups
-        self.resnets = nn.ModuleList([ResnetBlock2D(c_in, c_out, temb_dim, groups, EPS) for c_in in c_ins])
-        self.attentions = nn.ModuleList(
-            [Transformer2D(c_out, config.n_heads, config.context_dim, groups) for _ in range(n if attends else 0)])
+    def __init__(self, name: str, c_ins: list[int], c_out: int, attends: bool, last: bool, config: UNetConfig):
+        super().__init__(name, c_ins, c_out, len(c_ins) if attends else 0, config)
         self.upsamplers = nn.ModuleList([] if last else [Upsample2D(c_out)])
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor, attend: Attend, skips: list[Tensor]) -> Tensor:
-        for j, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips[-1 - j]], dim=1), temb)
-            if self.attentions:
-                x = self.attentions[j](x, context, attend)
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | KV, attend: Attend, edit: Edit,
+                skips: list[Tensor]) -> Tensor:
+        for j, skip in enumerate(reversed(skips)):
+            skip = edit(skip, f"{self.name}.skips.{j}")
+            x = self.layer(j, torch.cat([x, skip], dim=1), temb, context, attend, edit)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = edit(upsample(x), f"{self.name}.upsamplers.0")
         return x
 
 
@@ -89,69 +103,95 @@ class Descent(nn.Module):
         self.down_blocks = nn.ModuleList()
         self.skip_channels = [c0]  # of every activation that the way up will see again
         for i, c_out in enumerate(config.channels):
-            last = i == levels - 1
-            block = DownBlock(config.channels[max(i - 1, 0)], c_out, config.attention[i], last, config)
-            self.down_blocks.append(block)
+            c_in, last = config.channels[max(i - 1, 0)], i == levels - 1
+            self.down_blocks.append(DownBlock(f"down_blocks.{i}", c_in, c_out, config.attention[i], last, config))
             self.skip_channels += [c_out] * (config.layers_per_block + (not last))
 
-        self.mid_block = MidBlock(config.channels[-1], config)
+        self.mid_block = Block("mid_block", [config.channels[-1]] * 2, config.channels[-1], 1, config)
+        self.sites = name_sites([*self.down_blocks, self.mid_block])
 
     def embed_time(self, z: Tensor, t: Tensor | int) -> Tensor:
         t = torch.as_tensor(t, device=z.device).expand(len(z))
         return self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(z.dtype))
 
-    def descend(self, x: Tensor, temb: Tensor, context: Tensor, attend: Attend) -> tuple[Tensor, list[Tensor]]:
+    def descend(self, x: Tensor, temb: Tensor, context: Tensor | KV, attend: Attend,
+                edit: Edit = unedited) -> tuple[Tensor, list[Tensor]]:
         """conv_in's output (B,C,h,w) -> the middle's output, and every activation on the way, conv_in's first."""
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, temb, context, attend)
+            x, more = block(x, temb, context, attend, edit)
             skips = skips + more
-        return self.mid_block(x, temb, context, attend), skips
+        return self.mid_block(x, temb, context, attend, edit), skips
 
 
 class UNet(Descent):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__(config)
-        c0, channels, skips = config.channels[0], config.channels[-1], list(self.skip_channels)
+        c0, c_in, skips = config.channels[0], config.channels[-1], list(self.skip_channels)
         self.up_blocks = nn.ModuleList()
-        for i, c_out in reversed(list(enumerate(config.channels))):
-            inputs = [channels] + [c_out] * config.layers_per_block
-            self.up_blocks.append(
-                UpBlock([c + skips.pop() for c in inputs], c_out, config.attention[i], i == 0, config))
-            channels = c_out
+        for i, (c_out, attends) in enumerate(zip(config.channels[::-1], config.attention[::-1])):
+            c_ins = [c + skips.pop() for c in [c_in] + [c_out] * config.layers_per_block]
+            last = i == len(config.channels) - 1
+            self.up_blocks.append(UpBlock(f"up_blocks.{i}", c_ins, c_out, attends, last, config))
+            c_in = c_out
 
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, c0, eps=EPS)
         self.conv_out = nn.Conv2d(c0, config.out_channels, 3, padding=1)
-        self.sites = self._name_sites()
+        self.sites = name_sites(self.blocks)
+        speed_up_convolutions(self)
 
-    def _name_sites(self) -> list[Site]:
-        """Tell each attention layer who it is; `layer` counts transformer blocks in execution order."""
-        places = ([(f"down_blocks.{i}", "down", block) for i, block in enumerate(self.down_blocks)]
-                  + [("mid_block", "mid", self.mid_block)]
-                  + [(f"up_blocks.{i}", "up", block) for i, block in enumerate(self.up_blocks)])
-        sites = []
-        for prefix, place, block in places:
-            for j, transformer in enumerate(block.attentions):
-                layer, name = len(sites) // 2, f"{prefix}.attentions.{j}.transformer_blocks.0"
-                inner = transformer.transformer_blocks[0]
-                inner.attn1.site = Site(f"{name}.attn1", "self", place, layer)
-                inner.attn2.site = Site(f"{name}.attn2", "cross", place, layer)
-                sites += [inner.attn1.site, inner.attn2.site]
-        return sites
+    @property
+    def blocks(self) -> list[Block]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
-    def forward(self, z: Tensor, t: Tensor | int, context: Tensor, attend: Attend = plain_attend,
-                residuals: list[Tensor] | None = None) -> Tensor:
-        """The predicted noise. z (B,4,h,w), t an int or (B,), context (B,M,D) -> (B,4,h,w).
+    @property
+    def places(self) -> list[str]:
+        """Where `edit` is called, in the order of execution: after each module of that name, and for
+        up_blocks.*.skips.*, on a skip before it is joined to x."""
+        found = ["conv_in"]
+        for block in self.blocks:
+            for j in range(len(block.resnets)):
+                found += [f"{block.name}.skips.{j}"] if isinstance(block, UpBlock) else []
+                found += [f"{block.name}.resnets.{j}"]
+                found += [f"{block.name}.attentions.{j}"] if j < len(block.attentions) else []
+            found += [f"{block.name}.{name}.0" for name in ("downsamplers", "upsamplers") if getattr(block, name, ())]
+        return found
 
-        h and w must be multiples of 2^(levels - 1), 8 for SD1.5. `attend` is called at every attention layer.
-        `residuals` are a ControlNet's: one is added to each activation that the way up sees again, the last to x.
+    def keys_values(self, context: Tensor) -> KV:
+        """The text's keys and values at every cross-attention, by site name. They do not depend on t: `forward`
+        takes them in place of `context`, so that a prompt is projected once and not at every step."""
+        return {site.name: self.get_submodule(site.name).keys_values(context)
+                for site in self.sites if site.kind == "cross"}
+
+    def forward(self, z: Tensor, t: Tensor | int, context: Tensor | KV, attend: Attend = plain_attend,
+                residuals: list[Tensor] | None = None, edit: Edit | None = None) -> Tensor:
+        """The predicted noise. z (B,4,h,w), t an int or (B,), context (B,M,D) or its `keys_values` -> (B,4,h,w).
+
+        h and w must be multiples of 2^(levels - 1), 8 for SD1.5. `attend(q, k, v, site)` is called at every attention
+        layer, `edit(h, place)` at every one of `places`; what it returns goes on in h's stead. `residuals` are a
+        ControlNet's: one is added to each activation that the way up sees again, the last to x.
         """
+        edit = edit or unedited
         temb = self.embed_time(z, t)
-        x, skips = self.descend(self.conv_in(z), temb, context, attend)
+        x, skips = self.descend(edit(self.conv_in(z), "conv_in"), temb, context, attend, edit)
         if residuals is not None:
             x, skips = x + residuals[-1], [skip + r for skip, r in zip(skips, residuals)]
         for block in self.up_blocks:
             n = len(block.resnets)
-            x = block(x, temb, context, attend, skips[-n:])
+            x = block(x, temb, context, attend, edit, skips[-n:])
             skips = skips[:-n]
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def name_sites(blocks: list[Block]) -> list[Site]:
+    """Tell each attention layer who it is; `layer` counts transformer blocks in execution order."""
+    sites = []
+    for block in blocks:
+        place = block.name.split("_")[0]
+        for j, transformer in enumerate(block.attentions):
+            inner = transformer.transformer_blocks[0]
+            name, layer = f"{block.name}.attentions.{j}.transformer_blocks.0", len(sites) // 2
+            inner.attn1.site = Site(f"{name}.attn1", "self", place, layer)
+            inner.attn2.site = Site(f"{name}.attn2", "cross", place, layer)
+            sites += [inner.attn1.site, inner.attn2.site]
+    return sites

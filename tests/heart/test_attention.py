@@ -166,8 +166,8 @@ def test_capture_then_isa_is_eq_5(kernel, ref_rows):
     layer, projections = layer_of(12, heads=3)
     layer.site = SELF
     z_ref, z, store = normal(ref_rows, 6, 12), normal(ROWS, 6, 12), {}
-    layer(z_ref, z_ref, capture(store, kernel), (2, 3))
-    y = layer(z, z, isa(store, kernel=kernel), (2, 3))
+    layer(z_ref, z_ref, capture(store, kernel))
+    y = layer(z, z, isa(store, kernel=kernel))
     assert_is(y, oracle.isa_layer(*in_numpy([z, z_ref]), *projections, heads=3))
 
 
@@ -180,6 +180,6 @@ def test_dca_is_eqs_7_and_8(kernel):
     z, text, image = normal(ROWS, 6, 12), normal(ROWS, 77, 8), normal(2, 4, 8)
     ip_kv = {CROSS.name: [w(image).unflatten(-1, (3, 4)).transpose(1, 2)
                           for w in (image_layer.to_k, image_layer.to_v)]}
-    y = layer(z, text, dca(ip_kv, kernel=kernel), (2, 3))
+    y = layer(z, text, dca(ip_kv, kernel=kernel))
     image_by_row = oracle.for_rows(image.numpy(), ROWS)
     assert_is(y, oracle.dca_layer(*in_numpy([z, text]), image_by_row, *projections, w_k_ip, w_v_ip, heads=3))

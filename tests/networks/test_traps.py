@@ -20,15 +20,14 @@ from isadca.common.problem import Problem
 from isadca.ddim import Schedule, ScheduleConfig
 from isadca.loading.config_json import read_config
 from isadca.loop import Run
-from isadca.reference import initial_latents
-from isadca.networks.clip import CLIPText, activation
+from isadca.networks.clip import ACTIVATIONS, CLIPText
 from isadca.networks.ip_adapter import IPAdapter
 from isadca.networks.layers import GEGLU, timestep_embedding
 from isadca.networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from isadca.networks.tokenizer import Tokenizer
 from isadca.networks.unet import UNet
 from isadca.networks.vae import VAE
-from isadca.reference import Reference
+from isadca.reference import Reference, initial_latents
 
 TINY_TEXT = CLIPTextConfig(vocab_size=20, width=16, layers=2, n_heads=2, mlp_width=24, max_tokens=8, projection_dim=6)
 END = TINY_TEXT.vocab_size - 1
@@ -78,14 +77,14 @@ XS = [-3.0, -1.0, -0.1, 0.0, 0.5, 2.0]
 def test_quick_gelus_constant_is_1_702():
     """Not 1.773, and not the exact GELU."""
     expected = torch.tensor([x / (1 + math.exp(-1.702 * x)) for x in XS], dtype=torch.float64)
-    torch.testing.assert_close(activation("quick_gelu")(torch.tensor(XS, dtype=torch.float64)), expected)
+    torch.testing.assert_close(ACTIVATIONS["quick_gelu"](torch.tensor(XS, dtype=torch.float64)), expected)
 
 
 def test_geglu_and_openclip_use_the_exact_gelu():
     """x Φ(x) with the error function, not the tanh approximation; GEGLU's first half is the value, not the gate."""
     gelu = [x * (1 + math.erf(x / math.sqrt(2))) / 2 for x in XS]
     exact = dict(rtol=0, atol=1e-12)
-    torch.testing.assert_close(activation("gelu")(torch.tensor(XS, dtype=torch.float64)),
+    torch.testing.assert_close(ACTIVATIONS["gelu"](torch.tensor(XS, dtype=torch.float64)),
                                torch.tensor(gelu, dtype=torch.float64), **exact)
     geglu = GEGLU(2, 1).double()
     geglu.proj.weight.data, geglu.proj.bias.data = torch.eye(2).double(), torch.zeros(2).double()

@@ -17,7 +17,7 @@ from twins import (
 
 from isadca.attention import Site, attend, attend_reference, blend, by_kind, by_rows, capture, dca, isa
 from isadca.methods import PRESETS
-from isadca.networks.layers import Conv3x3
+from isadca.networks.cpu_conv import SmallGridConv2d, speed_up_convolutions
 from isadca.networks.sizes import UNetConfig
 from isadca.networks.unet import UNet
 
@@ -196,10 +196,95 @@ def test_no_attend_leaves_a_trace(unet):
         assert frozen() == before, name
 
 
-@pytest.mark.parametrize("rows, as_product", [(1, True), (2, True), (3, False)])
-def test_a_large_weight_on_a_small_grid_is_a_matrix_product_with_the_same_result(monkeypatch, rows, as_product):
-    conv, x = Conv3x3(1024, 512).double(), torch.randn(rows, 1024, 8, 8, dtype=torch.float64)
+@pytest.mark.parametrize("rows, stride, as_product", [(1, 1, True), (2, 1, True), (3, 1, False), (3, 2, True)])
+def test_a_large_weight_on_a_small_grid_is_a_matrix_product_with_the_same_result(monkeypatch, rows, stride, as_product):
+    conv = torch.nn.Conv2d(1024, 512, 3, padding=1, stride=stride).double()
+    speed_up_convolutions(conv)
+    x = torch.randn(rows, 1024, 8, 7 if stride == 1 else 9, dtype=torch.float64)
     asked, unfold = [], F.unfold
     monkeypatch.setattr(F, "unfold", lambda *args, **kw: asked.append(1) or unfold(*args, **kw))
-    assert_near(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1), 1e-12)
+    assert_near(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1, stride=stride), 1e-12)
     assert len(asked) == as_product
+
+
+def test_only_large_3x3_convolutions_are_sped_up(sd15):
+    """All of them are the 1280-wide ones; a weight that is small is faster in oneDNN's own way."""
+    fast = {name: conv for name, conv in sd15.named_modules() if isinstance(conv, SmallGridConv2d)}
+    assert {conv.kernel_size for conv in fast.values()} == {(3, 3)}
+    assert min(conv.out_channels for conv in fast.values()) >= 640
+    assert "mid_block.resnets.0.conv1" in fast and "down_blocks.2.downsamplers.0.conv" in fast
+    assert not any(name.startswith(("down_blocks.0", "up_blocks.3")) for name in fast)
+
+
+# ---- the text's keys and values, once per prompt ---------------------------------------------------------------
+
+def test_keys_and_values_made_once_are_those_of_the_context(unet):
+    z, t, context = unet_inputs(unet, (4, 8), torch.float64)
+    kv = unet.keys_values(context)
+    assert list(kv) == [site.name for site in unet.sites if site.kind == "cross"]
+    assert torch.equal(unet(z, t, kv), unet(z, t, context))
+    one = unet.keys_values(context[:1])
+    assert_near(unet(z, t, one), unet(z, t, context[:1].expand(3, -1, -1)), 1e-12)  # a row for all
+
+
+def test_made_once_they_are_not_projected_again(unet):
+    z, t, context = unet_inputs(unet, (4, 8), torch.float64)
+    with outputs(unet) as before:
+        kv = unet.keys_values(context)
+    with outputs(unet) as during:
+        unet(z, t, kv)
+    projected = {name for name in before if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert len(projected) == len(unet.sites) and not projected & during.keys()
+
+
+# ---- edit ------------------------------------------------------------------------------------------------------
+
+def test_an_edit_that_changes_nothing_changes_nothing(unet):
+    z, t, context = unet_inputs(unet, (4, 8), torch.float64)
+    assert torch.equal(unet(z, t, context, edit=lambda h, place: h), unet(z, t, context))
+
+
+@pytest.mark.parametrize("arguments, hw", UNETS.values(), ids=UNETS)
+def test_places_are_listed_in_the_order_of_execution_and_are_their_modules_outputs(arguments, hw, tmp_path):
+    unet = twin(diffusers_unet(**arguments), "unet", tmp_path)
+    z, t, context = unet_inputs(unet, hw, torch.float64)
+    seen = {}
+    with outputs(unet) as modules:
+        unet(z, t, context, edit=lambda h, place: seen.setdefault(place, h))
+    assert list(seen) == unet.places
+    skips = [place for place in seen if ".skips." in place]
+    assert all(torch.equal(h.flatten(), modules[place]) for place, h in seen.items() if place not in skips)
+    down = [place for place in seen if place.startswith(("conv_in", "down_blocks"))]
+    left = [place for place, after in zip(down, [*down[1:], ""]) if ".attentions." not in after]
+    assert [id(seen[place]) for place in skips] == [id(seen[place]) for place in reversed(left)]
+
+
+@pytest.mark.parametrize("place", ["conv_in", "down_blocks.0.attentions.0", "down_blocks.2.resnets.0",
+                                   "down_blocks.1.downsamplers.0", "mid_block.attentions.0", "up_blocks.0.skips.1",
+                                   "up_blocks.1.upsamplers.0", "up_blocks.2.attentions.1"])
+def test_what_an_edit_returns_goes_on_in_the_activations_stead(unet, place):
+    z, t, context = unet_inputs(unet, (4, 8), torch.float64)
+    assert place in unet.places
+    changed = unet(z, t, context, edit=lambda h, at: h.flip(1) if at == place else h)
+    assert not torch.allclose(changed, unet(z, t, context), atol=1e-4)
+
+
+def test_freeu_is_an_edit(pair):
+    """arXiv 2309.11497 without its Fourier filter: the way up's first half of the channels scaled where it meets a
+    skip, and the skip scaled. Against hooks on diffusers' own network."""
+    theirs, ours = pair
+    z, t, context = unet_inputs(ours, (8, 12), torch.float64)
+    b, s = 1.4, 0.7
+
+    def freeu(h, place):
+        if place == "up_blocks.1.skips.0":
+            return s * h
+        if place == "up_blocks.0.upsamplers.0":
+            return torch.cat([b * h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2:]], dim=1)
+        return h
+
+    def scale(module, inputs):
+        [x, *rest], c = inputs, theirs.up_blocks[0].upsamplers[0].channels
+        return (torch.cat([b * x[:, : c // 2], x[:, c // 2: c], s * x[:, c:]], dim=1), *rest)
+    theirs.up_blocks[1].resnets[0].register_forward_pre_hook(scale)
+    assert_near(ours(z, t, context, edit=freeu), theirs(z, t, context).sample, 1e-10)
