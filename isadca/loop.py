@@ -128,7 +128,7 @@ def sample(model: Model, ref: Reference, runs: list[Run], **options) -> list[Ten
             controls = controls_at(model, stride.t, i, ref, run, zs[j], told[j], reference_step, o)
             noise = predict_all(model, controls, o.rows_at_once)
             changed = o.on_step(run, stride.t, zs[j], noise) if o.on_step else None
-            if changed is not None:
+            if isinstance(changed, Tensor):
                 controls = controls._replace(z=changed)
                 noise = predict_all(model, controls, o.rows_at_once)
             z = model.schedule.step(controls.z, noise.mixed, stride)

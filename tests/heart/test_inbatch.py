@@ -23,6 +23,7 @@ PAPER = Method(lam=0.7)
 EVERYTHING = Method(lam=Linear(1.0, 0.2), guidance=4.0, k=150, t_start=850, replace_above=600, adain_above=700,
                     ip_scale=0.6, diversity=0.3)
 LAYERS = Method(lam=0.5, layers=(1, 2, 5), init="shuffle")
+RIVAL_VARIATION = isadca.PRESETS["rival-variation"]  # each guidance half reads a reference prompted as it is
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,8 @@ def naive(theirs: Theirs, layout: Layout, method: Method, ip_kv: dict, ref, z: T
     diffusers_side.install(theirs.unet, lambda name: self_rule(method, layout, order.index(name)) if name in order
                            else cross_rule(method, layout, *ip_kv[name]))
     n = layout.branches
-    context = theirs.context(ref.prompt, *[NEGATIVE] * n, ref.prompt, *[PROMPT] * n)
+    first = "" if method.ref_rows == 2 else ref.prompt
+    context = theirs.context(first, *[NEGATIVE] * n, ref.prompt, *[PROMPT] * n)
     scheduler = theirs.scheduler(steps=ref.steps)
     for i, t in enumerate(scheduler.timesteps.tolist()):
         half = [ref.chain[-1 - i][None]] + [z] * n
@@ -117,7 +119,8 @@ MIXES = pytest.mark.parametrize("mix, layout", [("noise", SIX), ("attention", FO
 
 
 @MIXES
-@pytest.mark.parametrize("method, seeds", [(EVERYTHING, (3, 4)), (LAYERS, (5,))], ids=["everything", "layers"])
+@pytest.mark.parametrize("method, seeds", [(EVERYTHING, (3, 4)), (LAYERS, (5,)), (RIVAL_VARIATION, (6,))],
+                         ids=["everything", "layers", "rival-variation"])
 def test_the_loop_is_the_naive_form(demo64, theirs, ip_kv, ref, method, seeds, mix, layout):
     run = Run(PROMPT, replace(method, mix=mix), seeds, NEGATIVE)
     starts = initial_latents(ref, run.method, run.seeds).split(1)
