@@ -2,15 +2,12 @@
 light to import. Read off the source with `ast`."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
 from house import (DISTRIBUTIONS, EACH_MODULE, EQUATIONS, FUNCTIONS, LADDER, PACKAGE, SOURCES, THIRD_PARTY, TREES,
-                   cited, functions, imports, outside, room)
+                   cited, functions, imports, outside, room, run_python)
 
 import isadca
 
@@ -123,15 +120,6 @@ def test_only_the_commands_print(module):
 
 
 # ---- imports that run ------------------------------------------------------------------------------------------
-
-def run_python(code: str, cwd) -> str:
-    """A fresh interpreter's standard output. This process has imported isadca, so its environment may be changed."""
-    env = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT") if key in os.environ}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True,
-                          env=env | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
 
 def test_help_does_not_wait_for_torch(tmp_path):
     """Nor does --version, a command's help, or the message about a mistyped flag."""

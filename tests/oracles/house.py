@@ -1,7 +1,9 @@
 """The package's own source, read with `ast`: its functions, imports, equations, and the ladder of its folders."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -74,3 +76,12 @@ def outside(module: str) -> set[str]:
 def room(module: str) -> str:
     """The folder or the open file that a module is in."""
     return module.split(".")[0]
+
+
+def run_python(code: str, cwd) -> str:
+    """A fresh interpreter's standard output. This process has imported isadca, so its environment may be changed."""
+    env = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT") if key in os.environ}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True,
+                          env=env | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
