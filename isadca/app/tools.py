@@ -14,7 +14,8 @@ from ..common.images import load_image, save_png
 from ..common.problem import Problem
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.processes import own_device
-from ..loading.load import default_weights, load, parts_of
+from ..loading.inspect import parts_of
+from ..loading.load import default_weights, load
 from ..loop import Run, decode, sample
 from ..methods import PRESETS
 from ..reference import invert
@@ -43,9 +44,10 @@ def inspect(args: Namespace) -> None:
     for path in args.paths:
         for part in parts_of(path):
             count = sum(prod(shape) for shape in part.shapes.values())
-            dtypes = "/".join(sorted(set(part.dtypes.values())))
+            dtypes = "/".join(sorted({tensor.dtype for tensor in part.tensors.values()}))
+            size = sum(file.stat().st_size for file in part.files)
             print(f"{part.path}: {part.kind}, layout {part.layout}, {len(part.shapes)} tensors, "
-                  f"{count / 1e6:.1f} M parameters, {dtypes}, {part.path.stat().st_size / 1e6:.1f} MB; loads")
+                  f"{count / 1e6:.1f} M parameters, {dtypes}, {size / 1e6:.1f} MB; loads")
 
 
 def check(args: Namespace) -> None:

@@ -1,13 +1,13 @@
 """The other systems' published files: from a path to the networks. Names and strictness as in the core's loading."""
 
-import re
 from pathlib import Path
 
 import torch
 
 from ..common.problem import Problem
 from ..ddim import Schedule, ScheduleConfig
-from ..loading.checkpoints import IGNORED, UNET_RULES, Part, load_into, read_header, rename, without_values
+from ..loading.checkpoints import load_into, read_headers, take, without_values
+from ..loading.layouts import UNET_RULES, Layout
 from ..loading.load import build, find_part, pick_file, vae_dtype
 from ..networks.clip import CLIPText
 from ..networks.model import Model
@@ -23,6 +23,11 @@ CONTROLNET_RULES = [
     (r"^zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),
     (r"^middle_block_out\.0\.", "controlnet_mid_block."),
     *UNET_RULES]
+CONTROLNETS = [  # their second layout is the first without its prefix
+    Layout("controlnet", "LDM", "control_model.input_hint_block.0.weight", "control_model.", CONTROLNET_RULES),
+    Layout("controlnet", "LDM", "input_hint_block.0.weight", "", CONTROLNET_RULES),
+    Layout("controlnet", "diffusers", "controlnet_cond_embedding.conv_in.weight")]
+PRIOR = Layout("prior", "diffusers", "prd_embedding")
 
 
 def load_controlnet(path: str | Path, config: UNetConfig = UNetConfig(), dtype: torch.dtype = torch.float32,
@@ -31,17 +36,15 @@ def load_controlnet(path: str | Path, config: UNetConfig = UNetConfig(), dtype: 
     ControlNet copies its half. Raises Problem for other files and other UNets."""
     path = Path(path)
     path = pick_file(path, dtype) if path.is_dir() else path
-    header = read_header(path)
-    ldm = any(key.endswith("input_hint_block.0.weight") for key in header)
-    names = {rename(key.removeprefix("control_model."), CONTROLNET_RULES if ldm else []): key for key in header
-             if not re.search(IGNORED, key)}
-    part = _part("controlnet", path, "LDM" if ldm else "diffusers", names, header)
+    header = read_headers(path)
+    layout = next((layout for layout in CONTROLNETS if layout.mark in header), None)
+    if layout is None:
+        raise Problem(f"{path}: is not a ControlNet, it has no controlnet_cond_embedding or input_hint_block; "
+                      "the paper's comparison uses control_v11e_sd15_shuffle")
+    part = take(path, layout, header)
     widening = ["conv_in", *(f"blocks.{i}" for i in range(1, len(part.shapes), 2))]  # every other block widens
     keys = [f"controlnet_cond_embedding.{name}.weight" for name in widening]
     channels = tuple(part.shapes[key][0] for key in keys if key in part.shapes)
-    if not channels:
-        raise Problem(f"{path}: is not a ControlNet, it has no controlnet_cond_embedding or input_hint_block; "
-                      "the paper's comparison uses control_v11e_sd15_shuffle")
     with without_values():
         net = ControlNet(config, channels)
     return load_into(net, part, dtype, device)
@@ -52,10 +55,10 @@ def load_prior(folder: str | Path, dtype: torch.dtype = torch.float32,
     """Kandinsky 2.2's prior folder: prior/, text_encoder/ and tokenizer/."""
     folder = Path(folder)
     path = pick_file(folder / "prior", dtype)
-    header = read_header(path)
+    part = take(path, PRIOR, read_headers(path))
     with without_values():
-        net = Prior(_prior_config(path, {key: shape for key, (shape, _) in header.items()}))
-    prior = load_into(net, _part("prior", path, "diffusers", {key: key for key in header}, header), dtype, device)
+        net = Prior(_prior_config(path, part.shapes))
+    prior = load_into(net, part, dtype, device)
     text = find_part(folder / "text_encoder", "text", dtype)
     encoder = load_into(build(text), text, dtype, device)
     if encoder.config.projection_dim != prior.config.embed_dim:
@@ -90,7 +93,3 @@ def _prior_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> PriorConfig
     except (KeyError, ValueError, IndexError):
         raise Problem(f"{path}: is not Kandinsky's prior (no proj_in and positional_embedding of its shapes)") from None
 
-
-def _part(kind: str, path: Path, layout: str, names: dict[str, str], header: dict) -> Part:
-    return Part(kind, path, layout, names, {ours: header[key][0] for ours, key in names.items()},
-                {ours: header[key][1] for ours, key in names.items()})

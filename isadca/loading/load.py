@@ -1,15 +1,13 @@
-"""From a path to a loaded model: find the parts of a weights folder or file, build each network, check the fit."""
+"""From a path to a loaded model, in one direction: locate the files, read their headers, build the networks, fill them,
+check that they belong together."""
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..common.problem import Problem
-from ..ddim import Schedule, ScheduleConfig
 from ..networks.clip import CLIPText, CLIPVision
 from ..networks.ip_adapter import IPAdapter, numbered
 from ..networks.model import Model
@@ -17,10 +15,14 @@ from ..networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAECo
 from ..networks.tokenizer import Tokenizer
 from ..networks.unet import UNet
 from ..networks.vae import VAE
-from .checkpoints import Part, explain_mismatch, load_into, recognise, without_values
-from .config_json import read_config
+from .checkpoints import Part, load_into, recognise, without_values
+from .config_json import read_config, read_schedule
 
 FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "vision": "image_encoder"}
+NETWORKS = {"unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig), "text": (CLIPText, CLIPTextConfig),
+            "vision": (CLIPVision, CLIPVisionConfig)}
+PUBLISHED_NAMES = r"(diffusion_pytorch_)?model\."
+SHARD = r"-\d{5}-of-\d{5}"  # one file of several; the index.json beside them stands for all
 
 # image encoders that are published without their config.json, by width
 KNOWN_ENCODERS = {1280: CLIPVisionConfig(),
@@ -28,20 +30,6 @@ KNOWN_ENCODERS = {1280: CLIPVisionConfig(),
                   1024: CLIPVisionConfig(width=1024, layers=24, mlp_width=4096, projection_dim=768, act="quick_gelu")}
 
 
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Python's garbage collector pauses: loading makes a hundred thousand objects, none of them garbage, and walking
-    through them and all that torch imported took a fifth of it (0.38 -> 0.30 s at SD1.5's size)."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@_without_collecting()
 def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None,
          image_encoder: str | Path | None = None, vae: str | Path | None = None, device: str = "auto",
          dtype: str | torch.dtype = "auto") -> Model:
@@ -53,114 +41,118 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
     device = _device(device)
     dtype = _dtype(dtype, device)
     weights = Path(weights) if weights else default_weights()
-    found = find_parts(weights, dtype)
-    if vae:
-        found["vae"] = find_part(Path(vae), "vae", dtype)
-    adapter_file = find_adapter(weights, ip_adapter)
-    if adapter_file:
-        found["ip_adapter"] = find_part(adapter_file, "ip_adapter", dtype)
-        encoder = _encoder_path(weights, adapter_file, image_encoder)
-        if encoder:
-            found["vision"] = find_part(encoder, "vision", dtype)
-    if not adapter_file:
-        found.pop("vision", None)  # nothing would use it
+    parts = read_parts(locate(weights, ip_adapter, image_encoder, vae), dtype)
     networks = {kind: load_into(build(part), part, vae_dtype(dtype) if kind == "vae" else dtype, device)
-                for kind, part in found.items()}
-    _check_fit(networks, found)
+                for kind, part in parts.items()}
+    _check_fit(networks, parts)
     text = networks["text"]
-    folder = weights if weights.is_dir() else weights.parent
-    schedule = Schedule(read_config(ScheduleConfig, folder / "scheduler" / "scheduler_config.json"))
+    schedule = read_schedule(folder_of(weights) / "scheduler" / "scheduler_config.json")
     return Model(**{"vision": None, "ip_adapter": None} | networks, tokenizer=load_tokenizer(weights, text.config),
-                 schedule=schedule, device=device, dtype=dtype, files={kind: part.path for kind, part in found.items()})
+                 schedule=schedule, device=device, dtype=dtype, files=files_of(parts))
+
+
+# ---- locate ------------------------------------------------------------------------------------------------------
+
+def find(name: str, *places: Path) -> Path | None:
+    """`name`, which may be a pattern, in the first place that has it; of several the shortest, the plain variant."""
+    for place in places:
+        if found := sorted(place.glob(name), key=lambda path: (len(path.name), path.name)):
+            return found[0]
+    return None
+
+
+def folder_of(weights: Path) -> Path:
+    return weights if weights.is_dir() else weights.parent
 
 
 def default_weights() -> Path:
     """The demo checkpoint: in the repository's weights/, or inside an installed package."""
-    here = Path(__file__).parent.parent
-    for root in (here.parent / "weights", here / "_weights"):
-        if (root / "demo").is_dir():
-            return root / "demo"
-    raise Problem("weights/demo is not here; give a model with --weights")
+    package = Path(__file__).parent.parent
+    found = find("demo", package.parent / "weights", package / "_weights")
+    if not found:
+        raise Problem("weights/demo is not here; give a model with --weights")
+    return found
 
 
-def find_parts(weights: Path, dtype: torch.dtype) -> dict[str, Part]:
-    """The UNet, VAE and text encoder (and image encoder, if any) of a diffusers folder or an LDM single file."""
+def locate(weights: Path, ip_adapter: str | Path | None = None, image_encoder: str | Path | None = None,
+           vae: str | Path | None = None) -> dict[str, Path]:
+    """The file or folder of each network that a run needs. Raises Problem where there is no model."""
     if not weights.exists():
         raise Problem(f"{weights}: no such file or folder; --weights takes a diffusers folder or an LDM .safetensors")
     if weights.is_dir() and not (weights / "unet").is_dir():
         inside = ", ".join(sorted(p.name for p in weights.glob("*.safetensors"))[:3])
         raise Problem(f"{weights}: has no unet folder; --weights takes a diffusers folder or one .safetensors file"
                       + (f", such as {inside} in it" if inside else ""))
-    if weights.is_dir():
-        found = {kind: find_part(weights / name, kind, dtype) for kind, name in FOLDERS.items()
-                 if kind != "vision" or (weights / name).is_dir()}
-    else:
-        found = {part.kind: part for part in recognise(weights)}
-    for kind in ("unet", "vae", "text"):
-        if kind not in found:
-            raise Problem(f"{weights}: holds {', '.join(found)} but no {kind}; --weights takes the whole model")
-    return found
-
-
-def find_part(path: Path, kind: str, dtype: torch.dtype) -> Part:
-    """The network `kind` in a file, or in a folder with one safetensors file per precision."""
-    if path.is_dir():
-        path = pick_file(path, dtype)
-    for part in recognise(path):
-        if part.kind == kind:
-            return part
-    raise Problem(f"{path}: holds {', '.join(p.kind for p in recognise(path))}, expected {kind}")
-
-
-def pick_file(folder: Path, dtype: torch.dtype) -> Path:
-    """model.safetensors or model.fp16.safetensors, whichever is nearer to the wanted precision."""
-    files = [p for p in sorted(folder.glob("*.safetensors")) if "non_ema" not in p.name]
-    if not files:
-        pickles = [p for pattern in ("*.bin", "*.ckpt", "*.pth") for p in folder.glob(pattern)]
-        raise Problem(f"{folder}: no .safetensors file" + (f", only {pickles[0].name}, a pickle, which can run code "
-                      f"when it is opened; get the .safetensors version, or make it: isadca convert {pickles[0]} -o "
-                      f"{pickles[0].with_suffix('.safetensors')}" if pickles else "; get the .safetensors version"))
-    half = dtype in (torch.float16, torch.bfloat16)
-    return min(files, key=lambda p: ((".fp16." in p.name) != half, len(p.name)))
+    places = {kind: weights / FOLDERS[kind] if weights.is_dir() else weights for kind in ("unet", "vae", "text")}
+    if vae:
+        places["vae"] = Path(vae)
+    adapter = find_adapter(weights, ip_adapter)
+    if adapter:
+        places["ip_adapter"] = adapter
+        encoder = find_encoder(weights, adapter, image_encoder)
+        if encoder:
+            places["vision"] = encoder
+    return places
 
 
 def find_adapter(weights: Path, given: str | Path | None) -> Path | None:
     """The IP-Adapter file: the one given, or the one inside the weights folder (the base variant, if several)."""
-    if given and str(given) == "none":
-        return None
     if given:
-        return Path(given)
-    folder = weights if weights.is_dir() else weights.parent
-    files = sorted([*folder.glob("ip-adapter*.safetensors"), *folder.glob("models/ip-adapter*.safetensors")],
-                   key=lambda p: len(p.name))
-    return files[0] if files else None
+        return None if str(given) == "none" else Path(given)
+    folder = folder_of(weights)
+    return find("ip-adapter*.safetensors", folder, folder / "models")
 
 
-def _encoder_path(weights: Path, adapter: Path, given: str | Path | None) -> Path | None:
-    if given and str(given) == "none":
-        return None
+def find_encoder(weights: Path, adapter: Path, given: str | Path | None) -> Path | None:
+    """The image encoder that an adapter reads: the one given, or beside either file as h94's repository has it."""
     if given:
-        return Path(given)
-    beside = [weights, adapter.parent, adapter.parent.parent / "models"]
-    if "vit-G" in adapter.name:
-        beside.insert(0, adapter.parent.parent / "sdxl_models")
-    return next((p / "image_encoder" for p in beside if (p / "image_encoder").is_dir()), None)
+        return None if str(given) == "none" else Path(given)
+    h94 = adapter.parent.parent
+    big_g = [h94 / "sdxl_models"] if "vit-G" in adapter.name else []
+    return find("image_encoder", *big_g, weights, adapter.parent, h94 / "models")
 
+
+def pick_file(folder: Path, dtype: torch.dtype) -> Path:
+    """model.safetensors or model.fp16.safetensors, whichever is nearer to the wanted precision; or its index.json."""
+    files = [path for pattern in ("*.safetensors", "*.safetensors.index*.json") for path in sorted(folder.glob(pattern))
+             if "non_ema" not in path.name and not re.search(SHARD, path.name)]
+    if not files:
+        from .diagnose import no_safetensors
+        raise no_safetensors(folder)
+    half = dtype in (torch.float16, torch.bfloat16)
+    return min(files, key=lambda path: (not re.match(PUBLISHED_NAMES, path.name), (".fp16." in path.name) != half,
+                                        len(path.name)))
+
+
+# ---- headers -----------------------------------------------------------------------------------------------------
+
+def read_parts(places: dict[str, Path], dtype: torch.dtype) -> dict[str, Part]:
+    return {kind: find_part(place, kind, dtype) for kind, place in places.items()}
+
+
+def find_part(path: Path, kind: str, dtype: torch.dtype) -> Part:
+    """The network `kind` in a file, or in a folder with one safetensors file per precision."""
+    path = pick_file(path, dtype) if path.is_dir() else path
+    parts = {part.kind: part for part in recognise(path)}
+    if kind not in parts:
+        from .diagnose import lacking
+        raise lacking(path, list(parts), kind)
+    return parts[kind]
+
+
+def files_of(parts: dict[str, Part]) -> dict[str, Path]:
+    """The file of each network, and of one in several files the others by name."""
+    shards = {path.name: path for part in parts.values() for path in part.files if path != part.path}
+    return {kind: part.path for kind, part in parts.items()} | shards
+
+
+# ---- build and check ---------------------------------------------------------------------------------------------
 
 def build(part: Part) -> nn.Module:
     """The network of `part` on the meta device, its sizes from the config.json beside the file (or SD1.5's)."""
-    config = part.path.parent / "config.json"
     with without_values():
-        if part.kind == "unet":
-            return UNet(read_config(UNetConfig, config))
-        if part.kind == "vae":
-            return VAE(read_config(VAEConfig, config))
-        if part.kind == "text":
-            return CLIPText(read_config(CLIPTextConfig, config))
-        if part.kind == "vision":
-            widths = part.shapes.get("vision_model.pre_layrnorm.weight", ())
-            known = KNOWN_ENCODERS.get(max(widths, default=0), CLIPVisionConfig())
-            return CLIPVision(read_config(CLIPVisionConfig, config) if config.is_file() else known)
+        if part.kind != "ip_adapter":
+            return NETWORKS[part.kind][0](_sizes(part))
         try:
             return IPAdapter(part.shapes)
         except (KeyError, ValueError, IndexError) as error:
@@ -169,43 +161,47 @@ def build(part: Part) -> nn.Module:
                           "variants") from None
 
 
-def _check_fit(networks: dict, found: dict[str, Part]) -> None:
+def _sizes(part: Part):
+    config = part.path.parent / "config.json"
+    if part.kind == "vision" and not config.is_file():
+        width = max(part.shapes.get("vision_model.pre_layrnorm.weight", ()), default=0)
+        return KNOWN_ENCODERS.get(width, CLIPVisionConfig())
+    return read_config(NETWORKS[part.kind][1], config)
+
+
+def _check_fit(networks: dict, parts: dict[str, Part]) -> None:
     """Parts may load one by one and still not belong together; say which does not."""
     unet, text, adapter, vision = (networks.get(k) for k in ("unet", "text", "ip_adapter", "vision"))
     if text.config.width != unet.config.context_dim:
-        raise Problem(f"{found['text'].path}: a text encoder of width {text.config.width}, the UNet expects "
+        raise Problem(f"{parts['text'].path}: a text encoder of width {text.config.width}, the UNet expects "
                       f"{unet.config.context_dim}; they belong to different models")
     if adapter is None:
         return
     expected = {f"ip_adapter.{number}.to_k_ip.weight":
                 (unet.get_submodule(site.name).to_q.out_features, unet.config.context_dim)
                 for number, site in numbered(unet.sites).items()}
-    actual = {key: shape for key, shape in found["ip_adapter"].shapes.items() if key.endswith("to_k_ip.weight")}
+    actual = {key: shape for key, shape in parts["ip_adapter"].shapes.items() if key.endswith("to_k_ip.weight")}
     if actual != expected:
-        key = next(k for k in sorted(expected.keys() | actual.keys()) if expected.get(k) != actual.get(k))
-        raise Problem(f"{found['ip_adapter'].path}: made for another UNet ({key} is {actual.get(key)}, this UNet needs "
-                      f"{expected.get(key)}); SD 1.5 takes the ip-adapter*_sd15 files")
+        from .diagnose import unfit_adapter
+        raise unfit_adapter(parts["ip_adapter"], expected, actual)
     if vision is not None:
         gives = vision.config.width if adapter.reads_patches else vision.config.projection_dim
         if gives != adapter.embed_dim:
-            needs = {1024: "ViT-H, h94's models/image_encoder",
-                     1280: "ViT-H, h94's models/image_encoder" if adapter.reads_patches
-                     else "ViT-bigG, h94's sdxl_models/image_encoder"}.get(adapter.embed_dim, "another encoder")
-            raise Problem(f"{found['ip_adapter'].path}: reads {adapter.embed_dim}-wide image features, but "
-                          f"{found['vision'].path} gives {gives}; it needs {needs} (--image-encoder)")
+            from .diagnose import unfit_encoder
+            raise unfit_encoder(parts["ip_adapter"], adapter, parts["vision"], gives)
 
 
 def load_tokenizer(weights: Path, config: CLIPTextConfig) -> Tokenizer:
     """The folder's own vocabulary, or CLIP's from weights/tokenizer for files that carry none."""
-    folder = weights / "tokenizer"
-    if not folder.is_dir():
-        folder = default_weights().parent / "tokenizer"
+    folder = find("tokenizer", weights) or default_weights().parent / "tokenizer"
     tokenizer = Tokenizer.from_folder(folder, config.max_tokens)
     if tokenizer.end_id != config.vocab_size - 1:
         raise Problem(f"{folder}: a vocabulary of {tokenizer.end_id + 1} tokens, the text encoder has "
                       f"{config.vocab_size}; they belong to different models")
     return tokenizer
 
+
+# ---- device and precision ----------------------------------------------------------------------------------------
 
 def _device(name: str) -> torch.device:
     if name == "auto":
@@ -232,22 +228,3 @@ def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:
     """The VAE overflows in fp16."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def parts_of(path: Path) -> list[Part]:
-    """Every part that a file, a model folder, or a folder of safetensors files holds; each checked to load.
-
-    Raises Problem for the first that would not.
-    """
-    if not path.is_dir():
-        parts = recognise(path)
-    elif (path / "unet").is_dir():
-        adapter = find_adapter(path, None)
-        parts = [*find_parts(path, torch.float32).values(), *(recognise(adapter) if adapter else [])]
-    else:
-        parts = [part for file in sorted(path.glob("*.safetensors")) for part in recognise(file)]
-        if not parts:
-            raise Problem(f"{path}: no unet folder and no .safetensors files in it")
-    for part in parts:
-        explain_mismatch({key: tuple(t.shape) for key, t in build(part).state_dict().items()}, part)
-    return parts

@@ -22,8 +22,8 @@ from isadca.app.recipe import read_recipe
 from isadca.app.saved_reference import load_reference
 from isadca.common.images import RECIPE_KEY, load_image, save_png
 from isadca.common.problem import Problem
-from isadca.loading import load as loading
-from isadca.loading.checkpoints import LAYOUTS
+from isadca.loading import inspect
+from isadca.loading.layouts import LAYOUTS
 
 LONG = os.environ.get("HYPOTHESIS_EXAMPLES")
 FUZZ = settings(max_examples=int(LONG or 50), derandomize=not LONG, deadline=None, database=None,
@@ -69,14 +69,14 @@ def test_headers(folder, data):
     """Published names with the wrong shapes, and the other way round."""
     kept = data.draw(st.sets(st.sampled_from(sorted(PUBLISHED)), max_size=30))
     tensors = {key: PUBLISHED[key] for key in kept} | data.draw(TENSORS)
-    read(loading.parts_of, write_sparse(folder / "header.safetensors", tensors))
+    read(inspect.parts_of, write_sparse(folder / "header.safetensors", tensors))
 
 
 @FUZZ
 @given(st.data())
 def test_checkpoint_bytes(folder, data):
     (folder / "x.safetensors").write_bytes(damaged(data.draw, ADAPTER))
-    read(loading.parts_of, folder / "x.safetensors")
+    read(inspect.parts_of, folder / "x.safetensors")
 
 
 ADAPTER = save({"ip_adapter.1.to_k_ip.weight": torch.zeros(2, 2), "image_proj.norm.weight": torch.zeros(3),

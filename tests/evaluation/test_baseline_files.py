@@ -9,6 +9,7 @@ from keyfiles import cast, ldm_pairs, listing, renamed, write_sparse
 
 from isadca.common.problem import Problem
 from isadca.evaluation import load_others as loading, prior
+from isadca.loading.layouts import rename
 from isadca.networks.sizes import UNetConfig
 
 SMALL = UNetConfig(channels=(16, 32), attention=(True, False), norm_groups=8)
@@ -17,7 +18,7 @@ SMALL = UNetConfig(channels=(16, 32), attention=(True, False), norm_groups=8)
 def test_controlnet_rules_are_the_published_pairs():
     pairs = {ldm.removeprefix("control_model."): ours for ldm, ours in ldm_pairs("controlnet").items()}
     assert len(pairs) == 340
-    assert {ldm: loading.rename(ldm, loading.CONTROLNET_RULES) for ldm in pairs} == pairs
+    assert {ldm: rename(ldm, loading.CONTROLNET_RULES) for ldm in pairs} == pairs
 
 
 @pytest.mark.parametrize("prefix", ["control_model.", "", None])

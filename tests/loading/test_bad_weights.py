@@ -14,7 +14,7 @@ from keyfiles import Listing, listing, renamed, told, write_sparse
 from safetensors.torch import save
 
 import isadca
-from isadca.loading import checkpoints, load as loading
+from isadca.loading import checkpoints, inspect, load as loading
 from isadca.networks.sizes import CLIPTextConfig
 
 UNET, TEXT = listing("sd15_diffusers_unet"), listing("sd15_diffusers_text_encoder")
@@ -48,7 +48,7 @@ WHOLE = save({"ip_adapter.1.to_k_ip.weight": torch.zeros(64, 8)})
 def test_file_of_another_format(tmp_path, content, words):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    told(lambda: loading.parts_of(path), path, *words)
+    told(lambda: inspect.parts_of(path), path, *words)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -56,7 +56,7 @@ def test_pickle_with_the_wrong_name(tmp_path, zipped):
     """A .bin or .ckpt that was renamed is refused, and not opened."""
     path = tmp_path / "model.safetensors"
     torch.save({"conv_in.weight": torch.zeros(4)}, path, _use_new_zipfile_serialization=zipped)
-    told(lambda: loading.parts_of(path), path, "a pickle", "can run code", "get the .safetensors version")
+    told(lambda: inspect.parts_of(path), path, "a pickle", "can run code", "get the .safetensors version")
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 40, len(WHOLE) // 2, len(WHOLE) - 1])
@@ -129,7 +129,7 @@ STRANGERS = {
 def test_file_of_another_model(tmp_path, stranger):
     tensors, words = STRANGERS[stranger]
     path = write_sparse(tmp_path / "model.safetensors", tensors)
-    told(lambda: loading.parts_of(path), path, *words)
+    told(lambda: inspect.parts_of(path), path, *words)
 
 
 # --- IP-Adapters that do not belong to the model --------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_adapter_without_any_one_tensor_is_explained(tmp_path, name):
     for key in ADAPTERS[name]:
         fewer = {k: v for k, v in ADAPTERS[name].items() if k != key}
         path = write_sparse(tmp_path / "x.safetensors", fewer)
-        text = told(lambda: loading.parts_of(path), path)
+        text = told(lambda: inspect.parts_of(path), path)
         assert f"1 missing: {key}." in text or "no published layout" in text or "none of the layouts" in text
 
 
@@ -224,7 +224,7 @@ def test_path_that_is_not_there(tmp_path):
 def test_folder_instead_of_a_file(tmp_path):
     told(lambda: isadca.load(tmp_path), tmp_path, "no unet folder", "--weights takes a diffusers folder or one")
     told(lambda: checkpoints.recognise(tmp_path), tmp_path, "is a folder", "expected a .safetensors file")
-    told(lambda: loading.parts_of(tmp_path), tmp_path, "no unet folder and no .safetensors files")
+    told(lambda: inspect.parts_of(tmp_path), tmp_path, "no unet folder and no .safetensors files")
 
 
 def test_folder_around_a_single_file_names_the_file(tmp_path):

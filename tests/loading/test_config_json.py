@@ -11,7 +11,7 @@ from keyfiles import told
 from transformers import CLIPTextConfig as TheirText, CLIPVisionConfig as TheirVision
 
 from isadca.common.problem import Problem
-from isadca.ddim import ScheduleConfig
+from isadca.ddim import Schedule, ScheduleConfig
 from isadca.loading.config_json import read_config
 from isadca.networks.clip import CLIPText, CLIPVision
 from isadca.networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
@@ -152,7 +152,7 @@ def test_config_that_is_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize("cls, change", [
-    (UNetConfig, {"layers_per_block": "2"}), (UNetConfig, {"layers_per_block": [2, 2, 2, 2]}),
+    (UNetConfig, {"layers_per_block": "2"}), (UNetConfig, {"layers_per_block": [2, 2, 2, 3]}),
     (UNetConfig, {"cross_attention_dim": 768.0}), (UNetConfig, {"cross_attention_dim": True}),
     (UNetConfig, {"attention_head_dim": [5, 10, 20, 20]}), (UNetConfig, {"attention_head_dim": 0}),
     (UNetConfig, {"attention_head_dim": 7}), (UNetConfig, {"norm_num_groups": 0}),
@@ -171,8 +171,10 @@ def test_wrong_type_or_size(tmp_path, cls, change):
     told(lambda: read(cls, tmp_path, SD15[cls] | change), tmp_path / "config.json", "copy the file again")
 
 
-def test_steps_offset_may_be_zero(tmp_path):
-    assert read(ScheduleConfig, tmp_path, SD15[ScheduleConfig] | {"steps_offset": 0}).steps_offset == 0
+def test_steps_offset_zero_is_one_as_in_their_pipeline(tmp_path):
+    """StableDiffusionPipeline rewrites a scheduler whose offset is 0: 0.8 % of the latent after ten steps."""
+    config = read(ScheduleConfig, tmp_path, SD15[ScheduleConfig] | {"steps_offset": 0})
+    assert Schedule(config).steps(50) == Schedule().steps(50)
 
 
 @pytest.mark.parametrize("down, up", [

@@ -1,6 +1,5 @@
 """load(): which files it takes, what it makes of them in each precision, and that it copies and invents nothing."""
 
-import gc
 import json
 import shutil
 import struct
@@ -153,13 +152,13 @@ def test_encoder_is_found_in_h94s_folders(tmp_path, adapter, folder):
     """vit-G reads bigG's embedding, which h94 keeps under sdxl_models; all the others read ViT-H's."""
     for name in ("models", "sdxl_models"):
         (tmp_path / "h94" / name / "image_encoder").mkdir(parents=True)
-    found = loading._encoder_path(tmp_path / "sd15", tmp_path / "h94" / f"{adapter}.safetensors", None)
+    found = loading.find_encoder(tmp_path / "sd15", tmp_path / "h94" / f"{adapter}.safetensors", None)
     assert found == tmp_path / "h94" / folder / "image_encoder"
 
 
 def test_given_encoder_comes_before_found_ones():
-    assert loading._encoder_path(DEMO, DEMO / "ip-adapter_demo.safetensors", "mine") == Path("mine")
-    assert loading._encoder_path(DEMO, DEMO / "ip-adapter_demo.safetensors", None) == DEMO / "image_encoder"
+    assert loading.find_encoder(DEMO, DEMO / "ip-adapter_demo.safetensors", "mine") == Path("mine")
+    assert loading.find_encoder(DEMO, DEMO / "ip-adapter_demo.safetensors", None) == DEMO / "image_encoder"
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
@@ -207,16 +206,3 @@ def test_loading_true_size_weights_costs_neither_time_nor_memory(tmp_path, name)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     seconds, megabytes, count = json.loads(done.stdout)
     assert count == 859_520_964 and seconds < 3 and megabytes < 600
-
-
-@pytest.mark.parametrize("collecting", [True, False])
-def test_the_garbage_collector_is_left_as_it_was(collecting):
-    """It pauses while networks load, also when they do not fit."""
-    try:
-        gc.enable() if collecting else gc.disable()
-        isadca.load()
-        with pytest.raises(Problem):
-            isadca.load("nowhere")
-        assert gc.isenabled() == collecting
-    finally:
-        gc.enable()

@@ -1,0 +1,138 @@
+"""Why a weights file does not load, in one line: imported once that is known."""
+
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..common.problem import Problem
+from ..networks.ip_adapter import IPAdapter
+from .checkpoints import FLOATS, Part, Stored, read_headers, same_shape
+
+# what people try that is not loadable: (a key that tells, what it is, what to do)
+STRANGERS = [
+    (r"^conditioner\.embedders\.|^add_embedding\.", "an SDXL model", "isadca implements Stable Diffusion 1.x"),
+    (r"^cond_stage_model\.model\.transformer\.resblocks\.", "an SD 2.x model",
+     "isadca implements Stable Diffusion 1.x"),
+    (r"^controlnet_|^input_hint_block\.", "a ControlNet", "give the base model with --weights"),
+]
+UNKNOWN = [  # the same, for files in which no part was recognised
+    (r"^lora_|\.lora[._]|^(unet|text_encoder)\..*_lora\.", "a LoRA", "merge it into a checkpoint first"),
+    (r"^control_model\.", "a ControlNet", "give the base model with --weights"),
+    (r"^adapter_modules\.|^image_proj_model\.", "an IP-Adapter training checkpoint",
+     "convert it to the published layout: isadca convert FILE -o NAME.safetensors"),
+]
+
+
+def unreadable(path: Path, error: Exception) -> Problem:
+    """Why a header cannot be read."""
+    if not path.exists():
+        return Problem(f"{path}: no such file; check the path, and that the model is complete")
+    if path.is_dir():
+        return Problem(f"{path}: is a folder, expected a .safetensors file")
+    if not path.is_file():
+        return Problem(f"{path}: is no regular file, expected a .safetensors file")
+    if isinstance(error, SafetensorError | ValueError):
+        return Problem(f"{path}: {_not_safetensors(path)} ({str(error)[:100]})")
+    reason = getattr(error, "strerror", None) or error  # no permission; no memory to map it into
+    return Problem(f"{path}: cannot be read ({reason}); check the file, or free memory")
+
+
+def _not_safetensors(path: Path) -> str:
+    """What a file is that the safetensors library refused, from its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start[:2] in (b"PK", b"\x80\x02"):
+        return ("is a pickle, which can run code when it is opened; get the .safetensors version, or make it: "
+                f"isadca convert {path} -o NAME.safetensors")
+    if start == b"GGUF":
+        return "is a GGUF file; get the .safetensors version"
+    if start == b"vers":
+        return "is a Git LFS pointer, not the file itself; run git lfs pull"
+    if not start:
+        return "is empty; download it again"
+    return "is not a whole safetensors file; download it again"
+
+
+def stranger(path: Path, header: dict[str, Stored], known: bool = False) -> Problem | None:
+    """What a file is in which no part was recognised; of a `known` one whose parts do not fit, perhaps None."""
+    for pattern, what, remedy in STRANGERS if known else STRANGERS + UNKNOWN:
+        if any(re.search(pattern, key) for key in header):
+            return Problem(f"{path}: is {what}; {remedy}")
+    example = next(iter(sorted(header)), "no tensors at all")[:80]
+    return None if known else Problem(
+        f"{path}: none of the layouts that isadca knows (it holds {len(header)} tensors, e.g. {example}); see the "
+        "README for where to get the files")
+
+
+def lacking(path: Path, kinds: list[str], kind: str) -> Problem:
+    """A file that was recognised and does not hold the network `kind`."""
+    whole = kind == "unet" or "unet" in kinds and len(kinds) > 1
+    asked = f" but no {kind}; --weights takes the whole model" if whole else f", expected {kind}"
+    return stranger(path, read_headers(path), known=True) or Problem(f"{path}: holds {', '.join(kinds)}{asked}")
+
+
+def mismatch(expected: dict[str, tuple[int, ...]], part: Part) -> Problem:
+    """ONE Problem that lists missing, unexpected and misshapen tensors and guesses the cause."""
+    if other := stranger(part.path, read_headers(part.path), known=True):
+        return other
+    for key, stored in part.tensors.items():
+        if stored.dtype not in FLOATS:  # fp8, int8: their scales are elsewhere, or lost
+            return Problem(f"{part.path}: {_with_origin(key, part)} is {stored.dtype}, expected {', '.join(FLOATS)}; "
+                           "get the fp16 version")
+    shapes = part.shapes
+    kinds = {"missing": sorted(expected.keys() - shapes.keys()), "unexpected": sorted(shapes.keys() - expected.keys()),
+             "misshapen": sorted(key for key in expected.keys() & shapes.keys()
+                                 if not same_shape(shapes[key], expected[key]))}
+    details = []
+    for word, keys in kinds.items():
+        named = [_with_origin(key, part) for key in keys[:3]]
+        if word == "misshapen":
+            named = [f"{name} is {list(shapes[key])}, expected {list(expected[key])}"
+                     for name, key in zip(named, keys)]
+        if keys:
+            details.append(f"{len(keys)} {word}: {', '.join(named)}{', ...' if len(keys) > 3 else ''}")
+    return Problem(f"{part.path}: {part.kind} (layout: {part.layout}) does not fit: {'; '.join(details)}. "
+                   f"{_guess(part)}")
+
+
+def _with_origin(key: str, part: Part) -> str:
+    theirs = part.tensors[key].name if key in part.tensors else key
+    return key[:80] if theirs == key else f"{key[:80]} (from {theirs[:80]})"
+
+
+def _guess(part: Part) -> str:
+    """The usual reasons, told by two shapes."""
+    inputs = part.shapes.get("conv_in.weight", ())[1:2]
+    context = part.shapes.get("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", ())[1:2]
+    if part.kind == "unet" and inputs not in ((), (4,)):
+        return f"Its UNet has {inputs[0]} input channels: an inpainting or editing model; get the plain SD 1.x one."
+    if part.kind == "unet" and context in ((1024,), (2048,)):
+        family = "2.x" if context[0] == 1024 else "XL"
+        return f"Its context is {context[0]} wide, SD 1.x has 768: this is an SD {family} model."
+    return "Is it complete, and does the config.json beside it belong to it?"
+
+
+def unfit_adapter(part: Part, expected: dict[str, tuple], actual: dict[str, tuple]) -> Problem:
+    """An IP-Adapter whose layers are not those of the UNet."""
+    key = next(k for k in sorted(expected.keys() | actual.keys()) if expected.get(k) != actual.get(k))
+    return Problem(f"{part.path}: made for another UNet ({key} is {actual.get(key)}, this UNet needs "
+                   f"{expected.get(key)}); SD 1.5 takes the ip-adapter*_sd15 files")
+
+
+def unfit_encoder(part: Part, adapter: IPAdapter, encoder: Part, gives: int) -> Problem:
+    """An IP-Adapter that reads features of another width than the image encoder's."""
+    h, big_g = "ViT-H, h94's models/image_encoder", "ViT-bigG, h94's sdxl_models/image_encoder"
+    needs = {1024: h, 1280: h if adapter.reads_patches else big_g}.get(adapter.embed_dim, "another encoder")
+    return Problem(f"{part.path}: reads {adapter.embed_dim}-wide image features, but {encoder.path} gives {gives}; it "
+                   f"needs {needs} (--image-encoder)")
+
+
+def no_safetensors(folder: Path) -> Problem:
+    """A network's folder in which there is nothing to load."""
+    pickles = [path for pattern in ("*.bin", "*.ckpt", "*.pth") for path in folder.glob(pattern)]
+    if not pickles:
+        return Problem(f"{folder}: no .safetensors file; get the .safetensors version")
+    return Problem(f"{folder}: no .safetensors file, only {pickles[0].name}, a pickle, which can run code when it is "
+                   f"opened; get the .safetensors version, or make it: isadca convert {pickles[0]} -o "
+                   f"{pickles[0].with_suffix('.safetensors')}")
