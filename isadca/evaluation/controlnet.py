@@ -50,15 +50,15 @@ class ControlNet(Descent):
         self.controlnet_mid_block = nn.Conv2d(config.channels[-1], config.channels[-1], 1)
 
     def forward(self, z: Tensor, t: Tensor | int, context: Tensor, hint: Tensor, pooled: bool = False,
-                scale: float = 1.0, attend: Attend = plain_attend) -> list[Tensor]:
+                attend: Attend = plain_attend) -> list[Tensor]:
         """What to add to the UNet's skips, and last to its middle; 13 tensors for SD1.5.
 
         `pooled` replaces each by its mean over the grid, (B,C,1,1), as the Shuffle model was trained.
         """
         x = self.conv_in(z) + self.controlnet_cond_embedding(hint)
         x, skips = self.descend(x, self.embed_time(z, t), context, attend)
-        residuals = [conv(skip) * scale for conv, skip in zip(self.controlnet_down_blocks, skips)]
-        residuals.append(self.controlnet_mid_block(x) * scale)
+        residuals = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips)]
+        residuals.append(self.controlnet_mid_block(x))
         return [r.mean((2, 3), keepdim=True) for r in residuals] if pooled else residuals
 
 
@@ -85,22 +85,42 @@ def on_text_half(residuals: list[Tensor]) -> list[Tensor]:
 
 
 def shuffle_content(image: Image.Image, seed: int, cell: int = 256) -> Image.Image:
-    """A picture with its parts moved about along smooth random fields: the Shuffle model's preprocessor.
-
-    Each pixel reads from a place that a noise field of `cell` pixels names, stretched to reach every place.
-    """
-    rng = np.random.default_rng(seed)
+    """A picture with its parts moved about along smooth random fields: the Shuffle model's preprocessor, and for a
+    seed the same picture. Each pixel reads from the place that the fields name, stretched to reach every place."""
+    rng = np.random.RandomState(seed % 2**32)
+    pixels = np.asarray(image.convert("RGB"), np.float64)
     width, height = image.size
     x, y = (smooth_noise(rng, width, height, cell) * (side - 1) for side in (width, height))
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
-    grid = torch.from_numpy(np.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], axis=-1))[None].float()
-    moved = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return Image.fromarray(moved[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy())
+    return Image.fromarray(np.floor(read_between(pixels, x, y) + 0.5).astype(np.uint8))
 
 
-def smooth_noise(rng: np.random.Generator, width: int, height: int, cell: int) -> np.ndarray:
+def read_between(pixels: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Bilinear, at 32nds of a pixel, as OpenCV's remap reads. (H,W,C) at places (h,w) -> (h,w,C)."""
+    x, y = (np.round(place.astype(np.float32) * 32) / 32 for place in (x, y))
+    left, top = x.astype(int), y.astype(int)
+    right, bottom = np.minimum(left + 1, pixels.shape[1] - 1), np.minimum(top + 1, pixels.shape[0] - 1)
+    a, b = (x - left)[..., None], (y - top)[..., None]
+    above = (1 - a) * pixels[top, left] + a * pixels[top, right]
+    below = (1 - a) * pixels[bottom, left] + a * pixels[bottom, right]
+    return (1 - b) * above + b * below
+
+
+def smooth_noise(rng: np.random.RandomState, width: int, height: int, cell: int) -> np.ndarray:
     """(height, width) in [0,1], both ends reached: uniform noise on a coarse grid, enlarged bicubically."""
-    coarse = rng.random((height // cell + 2, width // cell + 2), np.float32)
-    large = Image.fromarray(coarse).resize((width + 2 * cell, height + 2 * cell), Image.Resampling.BICUBIC)
-    field = np.asarray(large)[cell:cell + height, cell:cell + width]
-    return (field - field.min()) / (field.max() - field.min())
+    coarse = rng.uniform(size=(height // cell + 2, width // cell + 2))
+    rows, columns = (enlarging(n, side + 2 * cell) for n, side in zip(coarse.shape, (height, width)))
+    field = (rows @ coarse @ columns.T)[cell:cell + height, cell:cell + width]
+    field = field - field.min()
+    return field / field.max()
+
+
+def enlarging(n: int, wanted: int) -> np.ndarray:
+    """The matrix (wanted, n) of bicubic enlarging as OpenCV has it: A = -0.75, the last value repeated at the ends."""
+    place = ((np.arange(wanted) + 0.5) * (n / wanted) - 0.5).astype(np.float32)
+    first = np.floor(place).astype(int)
+    matrix = np.zeros((wanted, n))
+    for near in (first - 1, first, first + 1, first + 2):
+        d = abs(place - near)
+        weight = np.where(d <= 1, (1.25 * d - 2.25) * d**2 + 1, ((-0.75 * d + 3.75) * d - 6) * d + 3)
+        np.add.at(matrix, (np.arange(wanted), near.clip(0, n - 1)), weight)
+    return matrix

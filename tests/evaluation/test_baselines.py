@@ -56,16 +56,15 @@ THEIRS = dict(block_out_channels=(16, 32), layers_per_block=2, attention_head_di
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("scale", [1.0, 0.4])
-def test_controlnet_and_the_unet_with_its_residuals_equal_diffusers(pooled, scale):
+def test_controlnet_and_the_unet_with_its_residuals_equal_diffusers(pooled):
     """Residuals one by one, then the UNet's noise with them; hints at 8 pixels a cell."""
     theirs = shake(ControlNetModel(**THEIRS, conditioning_embedding_out_channels=(4, 6, 8, 10),
                                    global_pool_conditions=pooled))
     ours = controlnet.ControlNet(CONFIG, (4, 6, 8, 10)).double()
     ours.load_state_dict(theirs.state_dict())
     z, context, hint = rand(2, 4, 8, 8), rand(2, 5, 24, seed=1), rand(2, 3, 64, 64, seed=2)
-    residuals = ours(z, 301, context, hint, pooled, scale)
-    down, mid = theirs(z, 301, context, hint, scale, return_dict=False)
+    residuals = ours(z, 301, context, hint, pooled)
+    down, mid = theirs(z, 301, context, hint, return_dict=False)
     assert len(residuals) == len(down) + 1
     for mine, reference in zip(residuals, [*down, mid]):
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-10)
@@ -103,16 +102,43 @@ def test_shuffled_content_is_the_same_stuff_elsewhere(size):
         assert moved[..., channel].min() < 4 and moved[..., channel].max() > 251
 
 
-def test_shuffle_reads_where_the_fields_say():
-    """The definition, pixel by pixel: the fields drawn in this order, x first, and bilinear reading between pixels."""
+OPENCV = {(0, 0): (47.909, 27.703), (7, 31): (39.972, 34.303), (39, 95): (12.116, 23.585), (20, 60): (37.772, 0.356)}
+
+
+def upstream_fields(seed: int, width: int, height: int, cell: int) -> list[np.ndarray]:
+    """The places that ControlNet's annotator/shuffle reads, x and then y: NumPy's global generator, and bicubic
+    enlarging, which torch and OpenCV compute alike."""
+    np.random.seed(seed)
+    fields = []
+    for side in (width, height):
+        coarse = np.random.uniform(low=0, high=1, size=(height // cell + 2, width // cell + 2, 1))
+        large = torch.nn.functional.interpolate(torch.from_numpy(coarse[None, None, ..., 0]), mode="bicubic",
+                                                size=(height + 2 * cell, width + 2 * cell))[0, 0].numpy()
+        field = large[cell:cell + height, cell:cell + width]
+        fields.append((field - field.min()) / (field.max() - field.min()) * (side - 1))
+    return fields
+
+
+def test_shuffle_fields_are_upstreams():
+    """Against the formula, and against numbers of upstream's code with OpenCV 4.8.1."""
+    x, y = upstream_fields(5, 96, 40, 16)
+    rng = np.random.RandomState(5)
+    for side, expected in ((96, x), (40, y)):
+        np.testing.assert_allclose(controlnet.smooth_noise(rng, 96, 40, 16) * (side - 1), expected, atol=1e-3)
+    for (row, column), place in OPENCV.items():
+        assert (x[row, column], y[row, column]) == pytest.approx(place, abs=2e-3)
+
+
+@pytest.mark.parametrize("seed", [5, 2**40 + 5])
+def test_shuffle_reads_where_the_fields_say(seed):
+    """Pixel by pixel: bilinear reading at 32nds of a pixel."""
     rng = np.random.default_rng(3)
-    picture = Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8).repeat(2, 0).repeat(2, 1))
-    moved = np.asarray(controlnet.shuffle_content(picture, 5, cell=16)).astype(float)
-    rng, pixels = np.random.default_rng(5), np.asarray(picture).astype(float)
-    x, y = (controlnet.smooth_noise(rng, 60, 40, 16) * (side - 1) for side in (60, 40))
-    for row, column in [(0, 0), (7, 31), (39, 59), (20, 3)]:
-        u, v = x[row, column], y[row, column]
-        left, top = min(int(u), 58), min(int(v), 38)
+    picture = Image.fromarray(rng.integers(0, 256, (20, 48, 3), np.uint8).repeat(2, 0).repeat(2, 1))
+    moved, pixels = np.asarray(controlnet.shuffle_content(picture, seed, cell=16)), np.asarray(picture).astype(float)
+    x, y = upstream_fields(5, 96, 40, 16)
+    for row, column in [*OPENCV, *zip(range(40), range(0, 96, 2))]:
+        u, v = round(x[row, column] * 32) / 32, round(y[row, column] * 32) / 32
+        left, top = min(int(u), 94), min(int(v), 38)
         a, b = u - left, v - top
         expected = ((1 - b) * ((1 - a) * pixels[top, left] + a * pixels[top, left + 1])
                     + b * ((1 - a) * pixels[top + 1, left] + a * pixels[top + 1, left + 1]))
