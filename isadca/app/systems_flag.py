@@ -11,7 +11,7 @@ from ..methods import Method, own_method
 from .cli import _layers, parse_lam
 
 KNOBS = {field.name: field for field in fields(Method) if "help" in field.metadata}
-PARSERS = {"lam": parse_lam, "layers": _layers}
+PARSERS = {"lam": parse_lam, "layers": _layers, "ip_layers": _layers}
 
 
 def parse_systems(text: str) -> list[System]:

@@ -124,7 +124,7 @@ def _vary(method: Method, model: Model, image: Image.Image, prompt: str, seed: i
     if method.init == "random" and not method.wants_reference(1000, 1000):
         side = model.unet.config.sample_size
         blank = torch.zeros(steps + 1, 4, side, side, device=model.device)
-        ref = Reference(fit(image, model.size), blank.to(model.latent_dtype))
+        ref = Reference(fit(image, model.size), blank.to(model.latent_dtype), original=image)
     else:
         ref = invert(model, image, steps)
     return vary(model, ref, prompt, method, (seed,), **options)[0]

@@ -52,10 +52,11 @@ def made(results) -> dict[str, tuple[int, bytes]]:
 
 def test_fields_after_a_colon():
     first, second, third, own = parse_systems("isadca:lam=0.3,rival:guidance=5;init=inverted,isadca-attention:t-start="
-                                              "900;layers=2-4;lam=linear:1:0,examples/my_attention.py:my_attention")
+                                              "900;layers=2-4;ip-layers=1;lam=linear:1:0,examples/my_attention.py:my_attention")
     assert first.method == Method(lam=0.3) and first.name == "isadca:lam=0.3"
     assert (second.method.guidance, second.method.init, second.method.lam) == (5.0, "inverted", 1.0)
-    assert third.method == Method(mix="attention", t_start=900, layers=(2, 3, 4), lam=Linear(1, 0))
+    assert third.method == Method(mix="attention", t_start=900, layers=(2, 3, 4), ip_layers=(1,),
+                                  lam=Linear(1, 0))
     assert callable(own.method.mix) and len(own.code) == 64
 
 
