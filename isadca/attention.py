@@ -53,9 +53,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, site: Site | None = None, causal: bo
 
 # ---- variants: factories that return an Attend. `kernel` is what they call in the end --------------------------
 
-def capture(store: KV, kernel: Attend = attend) -> Attend:
-    """Plain attention that leaves the keys and values of every self-attention in `store`."""
+def capture(store: KV, kernel: Attend = attend, maps: KV | None = None) -> Attend:
+    """Plain attention that leaves the keys and values of every self-attention in `store`, and in `maps` the queries
+    and keys of every layer, of which its attention map is made."""
     def attend_capture(q, k, v, site):
+        if maps is not None:
+            maps[site.name] = (q, k)
         if site.kind == "self":
             store[site.name] = (k, v)
         return kernel(q, k, v, site)

@@ -58,6 +58,7 @@ class Conditions(NamedTuple):
     context: Tensor                       # (G,M,D), the text of each guidance half
     words: list[tuple[str, list[int]]]    # the prompt's words, each with its rows of the context
     ip_kv: KV                             # rows (G,H,n,d); empty without an image branch
+    kept: dict                            # empty at first: what a method of one's own leaves for its later steps
 
 
 class Controls(NamedTuple):
@@ -74,6 +75,7 @@ class Controls(NamedTuple):
     mask: Tensor | None
     method: Method
     kernel: Attend
+    ref_qk: KV = {}                       # its queries and keys in every layer, if the method has `ref_maps`
 
     @property
     def n(self) -> int:
@@ -147,7 +149,8 @@ def controls_at(model: Model, t: int, i: int, ref: Reference, run: Run, z: Tenso
     lam = lam.to(z) if isinstance(lam, Tensor) else lam
     rows = min(method.ref_rows, len(told.context))
     kv = {name: (k[-rows:], v[-rows:]) for name, (k, v) in step.kv.items()} if step else {}
-    return Controls(z, t, i, ref.steps, lam, told, kv, step.eps if step else None, o.mask, method, o.kernel)
+    return Controls(z, t, i, ref.steps, lam, told, kv, step.eps if step else None, o.mask, method, o.kernel,
+                    {name: (q[-1:], k[-1:]) for name, (q, k) in step.qk.items()} if step else {})
 
 
 def predict_all(model: Model, controls: Controls, rows_at_once: int) -> Noise:
@@ -269,10 +272,10 @@ def condition(model: Model, run: Run, tokens: Tensor | None) -> Conditions:
     else:
         context = torch.cat([model.context([p]) if isinstance(p, str) else p[None] for p in prompts])
     if tokens is None or not run.method.wants_image:
-        return Conditions(context, words, {})
+        return Conditions(context, words, {}, {})
     unet = model.unet
     kv = model.ip_adapter.keys_values(tokens[-len(prompts):], unet.sites, unet.config.n_heads)
-    return Conditions(context, words, kv)
+    return Conditions(context, words, kv, {})
 
 
 # ---- in one call -----------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class Method:
     adain_above: int = knob(1000, "for t above, ISA's noise takes the reference noise's mean and deviation")
     layers: tuple[int, ...] | None = knob(None, "ISA in these transformer blocks only, such as 10-15 or 0,1,6")
     ref_rows: int = 1             # 1: both guidance halves read one reference; 2: each has its own, prompted as it is
+    ref_maps: bool = False        # functions of loop.Controls may read the reference's queries and keys, `ref_qk`
     ip_scale: float = knob(1.0, "weight of DCA's image branch")
     ip_layers: tuple[int, ...] | None = knob(None, "the image prompt in these transformer blocks only")
     init: str = knob("inverted", "z_T: the reference's, its cells shuffled, its moments alone, or noise", INITS)

@@ -52,6 +52,7 @@ class ReferenceStep(NamedTuple):
 
     kv: KV       # (1,H,M,d), or (2,H,M,d) with a row for each guidance half
     eps: Tensor  # (1,4,h,w)
+    qk: KV = {}  # queries and keys of every layer, cross-attention too, where a method has `ref_maps`
 
 
 def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, prompt: str = "", size: int | None = None,
@@ -90,12 +91,13 @@ def reconstruct(model: Model, ref: Reference, kernel: Attend = attend, progress:
 
 
 def replay(model: Model, ref: Reference, wanted: Callable[[int], bool] = lambda t: True, at_once: int = 5,
-           kernel: Attend = attend, rows: int = 1) -> Iterator[ReferenceStep | None]:
+           kernel: Attend = attend, rows: int = 1, maps: bool = False) -> Iterator[ReferenceStep | None]:
     """What the reference looks like at each step, in sampling order; None at steps that are not wanted.
 
     `at_once` steps go through the UNet as one batch with per-row time steps: 1 is a live reference row, `ref.steps`
     a full cache; the result is the same. `list(replay(...))` keeps everything for several calls of `sample`.
     `rows` is 1, or 2 for a reference of each guidance half: the first is prompted "", the second as it was inverted.
+    `maps` keeps queries, too.
     """
     grid = model.schedule.steps(ref.steps)
     ahead = [i for i, stride in enumerate(grid) if wanted(stride.t)]
@@ -104,22 +106,23 @@ def replay(model: Model, ref: Reference, wanted: Callable[[int], bool] = lambda 
     for i in range(len(grid)):
         if i in ahead and i not in ready:
             chunk = [j for j in ahead if j >= i][:at_once]
-            ready = dict(zip(chunk, reference_steps(model, ref, [(j, grid[j]) for j in chunk], context, kernel)))
+            ready = dict(zip(chunk, reference_steps(model, ref, [(j, grid[j]) for j in chunk], context, kernel, maps)))
         yield ready.pop(i, None)
 
 
 def reference_steps(model: Model, ref: Reference, chunk: list[tuple[int, Step]], context: Tensor,
-                    kernel: Attend) -> Iterator[ReferenceStep]:
+                    kernel: Attend, maps: bool = False) -> Iterator[ReferenceStep]:
     """The steps of `chunk`, (number, stride) each, in one pass of the UNet; `context` has a row for each reference."""
     rows = len(context)
     z = torch.stack([ref.chain[ref.steps - i] for i, _ in chunk])                # step i starts at level T - i
     t = torch.tensor([stride.t for _, stride in chunk], device=z.device)         # one time step per row
-    store: KV = {}
+    store, qk = {}, {} if maps else None
     eps = model.noise(z.repeat_interleave(rows, 0), t.repeat_interleave(rows), context.repeat(len(chunk), 1, 1),
-                      capture(store, kernel))
+                      capture(store, kernel, qk))
     for first in range(0, len(eps), rows):
         own = slice(first, first + rows)
-        yield ReferenceStep({name: (k[own], v[own]) for name, (k, v) in store.items()}, eps[own][-1:])
+        kv, kept = ({name: (a[own], b[own]) for name, (a, b) in each.items()} for each in (store, qk or {}))
+        yield ReferenceStep(kv, eps[own][-1:], kept)
 
 
 def replay_all(model: Model, refs: Sequence[Reference], methods: Sequence[Method], at_once: int, kernel: Attend,
@@ -130,8 +133,8 @@ def replay_all(model: Model, refs: Sequence[Reference], methods: Sequence[Method
     """
     T = model.schedule.config.train_steps
     wanted = lambda t: any(method.wants_reference(t, T) for method in methods)
-    rows = max(method.ref_rows for method in methods)
-    kept = [replay(model, ref, wanted, at_once, kernel, rows) for ref in refs] if replayed is None else [replayed]
+    rows, maps = max(method.ref_rows for method in methods), any(method.ref_maps for method in methods)
+    kept = [replay(model, ref, wanted, at_once, kernel, rows, maps) for ref in refs] if replayed is None else [replayed]
     n = 0 if not isinstance(replayed, Sequence) or len(replayed) == refs[0].steps else len(replayed)
     for n, steps in enumerate([] if n else zip(*kept), 1):
         yield steps[0] if len(steps) == 1 or steps[0] is None else joined(steps)
@@ -142,7 +145,7 @@ def joined(steps: Sequence[ReferenceStep]) -> ReferenceStep:
     """Several references as one: the tokens of all of them, and the first one's noise."""
     kv = {name: (torch.cat([step.kv[name][0] for step in steps], dim=2),
                  torch.cat([step.kv[name][1] for step in steps], dim=2)) for name in steps[0].kv}
-    return ReferenceStep(kv, steps[0].eps)
+    return ReferenceStep(kv, steps[0].eps, steps[0].qk)
 
 
 # ---- where sampling starts -------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ def checked(function: Callable, where: str) -> Callable:
         return type(made)(map(watched, made)) if isinstance(made, (list, tuple)) else watched(made)
 
     def watched(attend):
+        if hasattr(attend, "attend"):  # a row of guidance, loop.Guided
+            return attend._replace(attend=watched(attend.attend))
         if not callable(attend):
             raise Problem(f"{where}: returned {type(attend).__name__}, expected a function (q, k, v, site) -> y")
 

@@ -1,0 +1,122 @@
+"""Every method of this folder, the presets, and your own, on the demo's pairs: the table and the sheet of README.md.
+
+    python examples/methods/measure.py [FILE.py:NAME ...] [--pairs 20] [--steps 25] [--into examples/methods/README.md]
+
+For each pair of a reference R and a prompt "a N" the judge (../train_demo/demo_judge.py, which shares nothing with the
+networks that it judges) says what the variation shows: the prompt's noun, R's noun, R's colour and pattern. SSIM is to
+R. Seconds are of one picture after the inversion. One process a core; offline.
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+import isadca
+from isadca.common.images import to_tensor
+from isadca.common.sheets import contact_sheet
+from isadca.evaluation.metrics import ssim
+from isadca.methods import own_method
+from isadca.reference import replay
+
+HERE = Path(__file__).resolve().parent
+DEMO = HERE.parents[1] / "weights" / "demo"
+sys.path.insert(0, str(HERE.parent / "train_demo"))
+PRESETS = ("plain", "ip-adapter", "isadca", "rival-edit", "masactrl")
+HEAD = ("system", "prompt's noun", "R's noun", "R's colour", "R's pattern", "SSIM to R", "seconds")
+BEGIN, END = "<!-- measured -->", "<!-- end -->"
+shared: dict = {}  # what each process has loaded
+
+
+def systems(own: list[str]) -> dict[str, isadca.Method]:
+    """Presets, then the folder's methods, then FILE.py:NAME, by name."""
+    files = [path for path in sorted(HERE.glob("*.py")) if path.stem != "measure"]
+    methods = [own_method(where)[0] for where in [*(f"{path}:{path.stem.upper()}" for path in files), *own]]
+    return {name: isadca.PRESETS[name] for name in PRESETS} | {method.name: method for method in methods}
+
+
+def start(own: list[str], steps: int) -> None:
+    """Load everything, once a process."""
+    from demo_judge import HEADS, Judge
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    judge = Judge()
+    judge.load_state_dict(load_file(DEMO / "judge/model.safetensors"))
+    shared.update(model=isadca.load(DEMO, device="cpu", dtype="fp32"), judge=judge.float().eval(), heads=HEADS,
+                  systems=systems(own), steps=steps)
+
+
+def verdict(picture) -> dict[str, str]:
+    """What the judge sees."""
+    return {name: shared["heads"][name][logits.argmax().item()]
+            for name, logits in shared["judge"](to_tensor(picture)).items()}
+
+
+def measure(pairs: list[tuple[str, str]]) -> list[tuple]:
+    """The pairs of one reference -> (system, prompt, R, picture, numbers) for each pair and system."""
+    model, picture, found = shared["model"], isadca.load_image(DEMO / "pairs" / pairs[0][0]), []
+    seen = verdict(picture)
+    told = f"a {seen['noun']}"  # methods that read the reference's maps need to know what it shows
+    refs = {maps: isadca.invert(model, picture, shared["steps"], told if maps else "") for maps in (False, True)}
+    kept = {maps: list(replay(model, ref, maps=maps)) for maps, ref in refs.items()}
+    for name, method in shared["systems"].items():
+        for _, prompt in pairs:
+            began, maps = time.monotonic(), method.ref_maps
+            [made] = isadca.vary(model, refs[maps], prompt, method, seeds=(1,), replayed=kept[maps])
+            took, shows = time.monotonic() - began, verdict(made)
+            numbers = (100 * (shows["noun"] == prompt.split()[-1]), 100 * (shows["noun"] == seen["noun"]),
+                       100 * (shows["colour"] == seen["colour"]), 100 * (shows["pattern"] == seen["pattern"]),
+                       ssim(to_tensor(made), to_tensor(picture)).item(), took)
+            found.append((name, prompt, picture, made, numbers))
+    return found
+
+
+def table(found: list[tuple]) -> str:
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    for name in dict.fromkeys(row[0] for row in found):
+        *shares, similarity, seconds = np.mean([row[-1] for row in found if row[0] == name], axis=0)
+        lines.append(f"| {name} | {' | '.join(f'{x:.0f} %' for x in shares)} | {similarity:.2f} | {seconds:.1f} |")
+    return "\n".join(lines)
+
+
+def sheet(found: list[tuple], columns: int = 6):
+    """A row for each system, a column for each of the first pairs, the references on top."""
+    names = list(dict.fromkeys(row[0] for row in found))
+    own = {name: [row for row in found if row[0] == name][:columns] for name in names}
+    rows = [[row[2] for row in own[names[0]]], *([row[3] for row in own[name]] for name in names)]
+    return contact_sheet(rows, [row[1] for row in own[names[0]]], ["reference", *names])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("own", nargs="*", metavar="FILE.py:NAME", help="a Method, or a function Controls -> Attend")
+    parser.add_argument("--pairs", type=int, default=20, help="the first so many (%(default)s)")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--into", type=Path, help="this README: its table is replaced, and measured.png beside it")
+    args = parser.parse_args()
+    with open(DEMO / "pairs/pairs.csv", encoding="utf-8") as file:
+        pairs = [(row["reference"], row["prompt"]) for row in csv.DictReader(file)][:args.pairs]
+    tasks, cores, began = [list(g) for _, g in groupby(pairs, lambda pair: pair[0])], os.cpu_count(), time.monotonic()
+    with ProcessPoolExecutor(cores, get_context("spawn"), start, (args.own, args.steps)) as pool:
+        found = sum(pool.map(measure, tasks), [])
+    text = (f"{table(found)}\n\n*{len(pairs)} pairs, {args.steps} steps, {cores} cores, {datetime.date.today()}, "
+            f"{(time.monotonic() - began) / 60:.0f} minutes.*")
+    print(text)
+    if args.into:
+        before, rest = args.into.read_text(encoding="utf-8").split(BEGIN)
+        args.into.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        sheet(found).save(args.into.with_name("measured.png"), optimize=True)
+
+
+if __name__ == "__main__":
+    main()
