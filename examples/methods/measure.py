@@ -2,9 +2,8 @@
 
     python examples/methods/measure.py [FILE.py:NAME ...] [--pairs 20] [--steps 25] [--into examples/methods/README.md]
 
-For each pair of a reference R and a prompt "a N" the judge (../train_demo/demo_judge.py, which shares nothing with the
-networks that it judges) says what the variation shows: the prompt's noun, R's noun, R's colour and pattern. SSIM is to
-R. Seconds are of one picture after the inversion. One process a core; offline.
+The judge (../train_demo/demo_judge.py, which shares nothing with the networks that it judges) says whether a variation
+shows the prompt's noun, and the reference R's colour, pattern and style. SSIM is to R. Seconds are of one picture.
 """
 
 import argparse
@@ -24,16 +23,14 @@ from safetensors.torch import load_file
 
 import isadca
 from isadca.common.images import to_tensor
-from isadca.common.sheets import contact_sheet
 from isadca.evaluation.metrics import ssim
 from isadca.methods import own_method
-from isadca.reference import replay
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "weights" / "demo"
 sys.path.insert(0, str(HERE.parent / "train_demo"))
 PRESETS = ("plain", "ip-adapter", "isadca", "rival-edit", "masactrl")
-HEAD = ("system", "prompt's noun", "R's noun", "R's colour", "R's pattern", "SSIM to R", "seconds")
+HEAD = ("system", "prompt's noun", "R's colour", "R's pattern", "R's style", "SSIM to R", "seconds")
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 shared: dict = {}  # what each process has loaded
 
@@ -58,25 +55,25 @@ def start(own: list[str], steps: int) -> None:
 
 def verdict(picture) -> dict[str, str]:
     """What the judge sees."""
-    return {name: shared["heads"][name][logits.argmax().item()]
-            for name, logits in shared["judge"](to_tensor(picture)).items()}
+    seen = shared["judge"](to_tensor(picture))
+    return {name: shared["heads"][name][logits.argmax().item()] for name, logits in seen.items()}
 
 
 def measure(pairs: list[tuple[str, str]]) -> list[tuple]:
-    """The pairs of one reference -> (system, prompt, R, picture, numbers) for each pair and system."""
+    """The pairs of one reference -> (system, prompt, R, picture, numbers) each, for every system."""
     model, picture, found = shared["model"], isadca.load_image(DEMO / "pairs" / pairs[0][0]), []
     seen = verdict(picture)
-    told = f"a {seen['noun']}"  # methods that read the reference's maps need to know what it shows
-    refs = {maps: isadca.invert(model, picture, shared["steps"], told if maps else "") for maps in (False, True)}
-    kept = {maps: list(replay(model, ref, maps=maps)) for maps, ref in refs.items()}
+    told = {False: "", True: f"a {seen['noun']}"}  # methods that read the reference's maps must know what it shows
+    refs = {maps: isadca.invert(model, picture, shared["steps"], prompt) for maps, prompt in told.items()}
+    kept = {maps: list(isadca.replay(model, ref, maps=maps)) for maps, ref in refs.items()}
     for name, method in shared["systems"].items():
         for _, prompt in pairs:
             began, maps = time.monotonic(), method.ref_maps
             [made] = isadca.vary(model, refs[maps], prompt, method, seeds=(1,), replayed=kept[maps])
             took, shows = time.monotonic() - began, verdict(made)
-            numbers = (100 * (shows["noun"] == prompt.split()[-1]), 100 * (shows["noun"] == seen["noun"]),
-                       100 * (shows["colour"] == seen["colour"]), 100 * (shows["pattern"] == seen["pattern"]),
-                       ssim(to_tensor(made), to_tensor(picture)).item(), took)
+            shares = [100 * (shows["noun"] == prompt.split()[-1]),
+                      *(100 * (shows[name] == seen[name]) for name in ("colour", "pattern", "style"))]
+            numbers = (*shares, ssim(to_tensor(made), to_tensor(picture)).item(), took)
             found.append((name, prompt, picture, made, numbers))
     return found
 
@@ -90,11 +87,11 @@ def table(found: list[tuple]) -> str:
 
 
 def sheet(found: list[tuple], columns: int = 6):
-    """A row for each system, a column for each of the first pairs, the references on top."""
+    """A row for each system, a column for each of the first pairs; the references on top."""
     names = list(dict.fromkeys(row[0] for row in found))
     own = {name: [row for row in found if row[0] == name][:columns] for name in names}
     rows = [[row[2] for row in own[names[0]]], *([row[3] for row in own[name]] for name in names)]
-    return contact_sheet(rows, [row[1] for row in own[names[0]]], ["reference", *names])
+    return isadca.contact_sheet(rows, [row[1] for row in own[names[0]]], ["reference", *names])
 
 
 def main() -> None:
@@ -102,11 +99,12 @@ def main() -> None:
     parser.add_argument("own", nargs="*", metavar="FILE.py:NAME", help="a Method, or a function Controls -> Attend")
     parser.add_argument("--pairs", type=int, default=20, help="the first so many (%(default)s)")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--into", type=Path, help="this README: its table is replaced, and measured.png beside it")
+    parser.add_argument("--into", type=Path, help="a README: its table is replaced, and measured.png beside it")
     args = parser.parse_args()
     with open(DEMO / "pairs/pairs.csv", encoding="utf-8") as file:
         pairs = [(row["reference"], row["prompt"]) for row in csv.DictReader(file)][:args.pairs]
-    tasks, cores, began = [list(g) for _, g in groupby(pairs, lambda pair: pair[0])], os.cpu_count(), time.monotonic()
+    tasks = [list(group) for _, group in groupby(pairs, lambda pair: pair[0])]
+    cores, began = os.cpu_count(), time.monotonic()
     with ProcessPoolExecutor(cores, get_context("spawn"), start, (args.own, args.steps)) as pool:
         found = sum(pool.map(measure, tasks), [])
     text = (f"{table(found)}\n\n*{len(pairs)} pairs, {args.steps} steps, {cores} cores, {datetime.date.today()}, "
