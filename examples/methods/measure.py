@@ -37,9 +37,10 @@ shared: dict = {}  # what each process has loaded
 
 def systems(own: list[str]) -> dict[str, isadca.Method]:
     """Presets, then the folder's methods, then FILE.py:NAME, by name."""
-    files = [path for path in sorted(HERE.glob("*.py")) if path.stem != "measure"]
-    methods = [own_method(where)[0] for where in [*(f"{path}:{path.stem.upper()}" for path in files), *own]]
-    return {name: isadca.PRESETS[name] for name in PRESETS} | {method.name: method for method in methods}
+    files = [path for path in sorted(HERE.glob("*.py")) if path.stem not in ("measure", "claims")]
+    folder = [own_method(f"{path}:{path.stem.upper()}")[0] for path in files]
+    return ({name: isadca.PRESETS[name] for name in PRESETS} | {method.name: method for method in folder}
+            | {where: own_method(where)[0] for where in own})
 
 
 def start(own: list[str], steps: int) -> None:
@@ -73,8 +74,7 @@ def measure(pairs: list[tuple[str, str]]) -> list[tuple]:
             took, shows = time.monotonic() - began, verdict(made)
             shares = [100 * (shows["noun"] == prompt.split()[-1]),
                       *(100 * (shows[name] == seen[name]) for name in ("colour", "pattern", "style"))]
-            numbers = (*shares, ssim(to_tensor(made), to_tensor(picture)).item(), took)
-            found.append((name, prompt, picture, made, numbers))
+            found.append((name, prompt, picture, made, (*shares, ssim(*map(to_tensor, (made, picture))).item(), took)))
     return found
 
 

@@ -1,0 +1,106 @@
+"""What each paper claims, as one figure on the demo: the method beside the same run without it.
+
+    python examples/methods/claims.py [--seeds 8] [--steps 25]
+
+"a lemon" with the pig as reference, one picture per seed. The object is what differs from the picture's median colour;
+positions are shares of the width; nouns and backdrops are the judge's of measure.py. Offline, one process.
+"""
+
+import argparse
+import time
+from collections import Counter
+from dataclasses import replace
+
+import measure
+import numpy as np
+import torch
+
+import isadca
+from isadca.common.images import to_tensor
+from isadca.evaluation.metrics import ssim
+
+PLAIN, ADAPTER = isadca.PRESETS["plain"], isadca.PRESETS["ip-adapter"]
+HERE = replace(PLAIN, init="inverted", diversity=0.3)  # text alone, from nearly where the reference's inversion ends
+
+
+def thing(picture) -> np.ndarray:
+    """Where the object is, (h,w) bool."""
+    pixels = np.asarray(picture, float)
+    return np.abs(pixels - np.median(pixels, (0, 1))).max(-1) > 60
+
+
+def centre(pictures) -> float:
+    """The object's place from left to right, 0 to 1, on average."""
+    return np.mean([np.mean(np.nonzero(thing(p))[1]) / p.width for p in pictures])
+
+
+def off(pictures, reference) -> float:
+    """How far from the reference's the object's centre is, in both directions."""
+    at = lambda p: np.array([np.mean(i) / p.width for i in np.nonzero(thing(p))])
+    return np.mean([np.linalg.norm(at(p) - at(reference)) for p in pictures])
+
+
+def size(pictures) -> float:
+    return np.mean([thing(p).mean() for p in pictures])
+
+
+def shown(pictures, word: str) -> float:
+    return 100 * np.mean([measure.verdict(p)["noun"] == word for p in pictures])
+
+
+def alike(pictures) -> float:
+    """The share of pictures with the most frequent backdrop, in per cent."""
+    seen = [tuple(measure.verdict(p)[name] for name in ("colour", "pattern")) for p in pictures]
+    return 100 * Counter(seen).most_common(1)[0][1] / len(seen)
+
+
+def near(pictures, others) -> float:
+    return np.mean([ssim(to_tensor(a), to_tensor(b)).item() for a, b in zip(pictures, others)])
+
+
+def claims(make, gallery: dict, reference) -> list[tuple]:
+    """(method, what is measured, without, with)."""
+    m = lambda name, **changes: make(replace(gallery[name], **changes))
+    (plain, slow), (gated, fast) = make(PLAIN), m("t-gate")
+    one, start = make(replace(PLAIN, guidance=1))[0], make(HERE)[0]
+    noun, place = "the prompt's noun is seen, %", "the object's distance from the reference's"
+    return [
+        ("dense-diffusion", "the object's place, 0 left to 1 right", centre(plain), centre(m("dense-diffusion")[0])),
+        ("reweight", "the object's share of the picture", size(plain), size(m("reweight")[0])),
+        ("nag", f"without guidance: {noun}", shown(one, "lemon"), shown(m("nag")[0], "lemon")),
+        ("pag", f"without guidance: {noun}", shown(one, "lemon"), shown(m("pag", guidance=1)[0], "lemon")),
+        ("seg", f"without guidance: {noun}", shown(one, "lemon"), shown(m("seg")[0], "lemon")),
+        ("t-gate", "seconds a picture", slow, fast),
+        ("t-gate", "SSIM to the picture without it", 1, near(gated, plain)),
+        ("todo", "SSIM to the picture without it", 1, near(m("todo")[0], plain)),
+        ("story-diffusion", "pictures with the same backdrop, %", alike(plain), alike(m("story-diffusion")[0])),
+        ("instant-style", noun, shown(make(ADAPTER)[0], "lemon"), shown(m("instant-style")[0], "lemon")),
+        ("style-aligned", "SSIM to the reference", near(plain, [reference] * len(plain)),
+         near(m("style-aligned")[0], [reference] * len(plain))),
+        *((name, place, off(start, reference), off(m(name, diversity=HERE.diversity)[0], reference))
+          for name in ("prompt-to-prompt", "fate-zero", "masactrl-masks", "cross-image")),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=25)
+    args = parser.parse_args()
+    measure.start([], args.steps)
+    model, picture = measure.shared["model"], isadca.load_image(measure.HERE.parent / "pig.png")
+    refs = {maps: isadca.invert(model, picture, args.steps, "a pig" if maps else "") for maps in (False, True)}
+
+    def make(method):
+        began = time.monotonic()
+        made = isadca.vary(model, refs[method.ref_maps], "a lemon", method, seeds=range(args.seeds))
+        return made, (time.monotonic() - began) / args.seeds
+    with torch.inference_mode():
+        found = claims(make, measure.systems([]), refs[False].image)
+    print(f"| method | {args.seeds} seeds, {args.steps} steps | without | with |\n|---|---|---|---|")
+    for name, what, without, with_it in found:
+        print(f"| {name} | {what} | {without:.2f} | {with_it:.2f} |".replace(".00 |", " |"))
+
+
+if __name__ == "__main__":
+    main()
