@@ -8,11 +8,13 @@ import errno
 import os
 import shlex
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..common.files import sha256
 from ..common.problem import Problem
+from .console import note
 
 
 class Pinned(NamedTuple):
@@ -68,7 +70,7 @@ def missing(items: list[Pinned], to: Path) -> list[Pinned]:
     return absent
 
 
-def fetch(item: Pinned, to: Path) -> None:
+def download(item: Pinned, to: Path) -> None:
     """Download one file. A download that is cut off leaves NAME.part, where the next one goes on. Raises Problem."""
     part, target = _part(item, to), item.target(to)
     try:
@@ -155,3 +157,20 @@ def next_steps(items: list[Pinned], to: Path) -> list[str]:
         if len(files) == 1 and files[0].name != "ip-adapter_sd15.safetensors":  # which is found by itself
             flags += [flag, str(files[0])]
     return [*steps, f"isadca vary PICTURE PROMPT -o out.png {shlex.join(flags)}"]
+
+
+def fetch(args: Namespace) -> None:
+    items = wanted(args.names)
+    absent = missing(items, args.to)
+    note(f"{len(items) - len(absent)} of {len(items)} files are there and verified; "
+         f"to download: {sum(item.size for item in absent) / 1e9:.2f} GB")
+    for item in items:
+        if item in absent:
+            download(item, args.to)
+        print(item.target(args.to))
+    for what, files in [("verified by size alone, no checksum is known", [i.file for i in items if i.sha256 == "-"]),
+                        ("from the branch main, no commit is known", [i.file for i in items if i.revision == "main"])]:
+        if files:
+            note(f"{what}: {', '.join(files)}")
+    for step in next_steps(items, args.to):
+        note(f"next: {step}")

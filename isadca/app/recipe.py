@@ -1,8 +1,11 @@
-"""The recipe that every picture carries: the arguments, the versions, the sha256 of all that went in."""
+"""The recipe that every picture carries: the arguments, the versions, the sha256 of all that went in. Made, read,
+typed again, compared."""
 
 import hashlib
 import json
 import platform
+import re
+import shlex
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,60 +15,51 @@ from ..common.files import sha256
 from ..common.images import RECIPE_KEY
 from ..common.problem import Problem
 
-NOT_KEPT = {"command", "out", "grid", "recipe", "recipe_source", "quiet", "own_code"}  # these do not change the pixels
+# these do not change the pixels
+NOT_KEPT = {"command", "refs", "out", "grid", "log", "overwrite", "recipe", "recipe_source", "quiet", "own_code"}
+INVERSION = ("unet", "vae", "text")
+NETWORKS = {*INVERSION, "vision", "ip_adapter", "prior"}
+
+
+def inputs_of(files: dict[str, Path], weights: Path, vocabulary: Path) -> dict[str, Path]:
+    """All files that a model was made of, by what they are: the weights in `files`, the configs beside them, the
+    scheduler's config in the weights folder, the tokenizer's folder `vocabulary`."""
+    found = files | {f"{part} config": path.parent / "config.json" for part, path in files.items()}
+    folder = weights if weights.is_dir() else weights.parent
+    found["scheduler"] = folder / "scheduler" / "scheduler_config.json"
+    found |= {f"tokenizer/{path.name}": path for path in sorted(vocabulary.glob("*.[jt][sx][ot]*"))}
+    return {part: path for part, path in found.items() if path.is_file()}
 
 
 def hash_files(files: dict[str, Path]) -> Future:
-    """sha256 of the model's files by part, computed beside the sampling: 4 GB take seconds."""
+    """sha256 of the files by what they are, computed beside the sampling: 4 GB take seconds."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(lambda: {part: sha256(path) for part, path in files.items()})
     pool.shutdown(wait=False)
     return future
 
 
+def of_inversion(hashes: dict[str, str]) -> dict[str, str]:
+    """What an inversion depends on."""
+    parts = {*INVERSION, *(f"{part} config" for part in INVERSION), "scheduler"}
+    return {part: digest for part, digest in hashes.items() if part in parts or part.startswith("tokenizer/")}
+
+
 def fingerprint(hashes: dict[str, str]) -> str:
-    """One sha256 for what an inversion depends on: UNet, VAE and text encoder."""
-    return hashlib.sha256("".join(hashes[part] for part in ("unet", "vae", "text")).encode()).hexdigest()
+    """One sha256 for the networks that an inversion depends on."""
+    return hashlib.sha256("".join(hashes[part] for part in INVERSION).encode()).hexdigest()
 
 
-def make_recipe(args: dict, reference: Path, hashes: dict[str, str], device: str, dtype: str) -> dict:
+def make_recipe(args: dict, reference_sha256: str, hashes: dict[str, str], device: str, dtype: str) -> dict:
     """`args` are the command line's, by name. Everything in it is JSON."""
     import torch
 
     from .. import __version__
     return {"command": args["command"],
             "args": {key: value for key, value in sorted(args.items()) if key not in NOT_KEPT},
-            "reference_sha256": sha256(reference), "weights_sha256": hashes, "device": device, "dtype": dtype,
-            "versions": {"isadca": __version__, "torch": torch.__version__, "python": platform.python_version()}}
-
-
-def recipe_flags(recipe: dict, command: str, source: Path) -> tuple[dict[str, str], list[str]]:
-    """What a recipe says of REF and PROMPT, and its flags as one types them, so that they are checked as those are.
-
-    A reference that is not where it was is looked for beside the picture.
-    """
-    if recipe.get("command") != command:
-        raise Problem(f"{source}: was made by isadca {recipe.get('command')}, expected isadca {command}")
-    args = recipe.get("args")
-    words = {key: args.get(key) for key in ("ref", "prompt")} if isinstance(args, dict) else {"args": None}
-    if not all(isinstance(word, str) for word in words.values()) or not isinstance(recipe.get("weights_sha256"), dict):
-        raise Problem(f"{source}: its recipe is damaged; give REF, PROMPT and the flags yourself")
-    beside = source.parent / Path(words["ref"]).name
-    if not Path(words["ref"]).exists() and beside.exists():
-        words["ref"] = str(beside)
-    flags = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in args.items()}
-    return words, [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()
-                   if value is not None and key not in NOT_KEPT | words.keys()]
-
-
-def check_same(recipe: dict, source: Path, reference: Path, hashes: dict[str, str]) -> None:
-    """Raise Problem where the reference or the weights are not those that made the picture."""
-    if recipe.get("reference_sha256") != sha256(reference):
-        raise Problem(f"{reference}: is not the reference that {source} was made from; give the right one as REF")
-    for part, digest in recipe["weights_sha256"].items():
-        if hashes.get(part) != digest:
-            raise Problem(f"{source}: was made with another {part} (sha256 {str(digest)[:12]}, this one has "
-                          f"{str(hashes.get(part))[:12]}); give the right --weights, or the prompt and flags yourself")
+            "reference_sha256": reference_sha256, "weights_sha256": hashes, "device": device, "dtype": dtype,
+            "versions": {"isadca": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "threads": torch.get_num_threads()}
 
 
 def read_recipe(path: str | Path) -> dict:
@@ -79,5 +73,53 @@ def read_recipe(path: str | Path) -> dict:
         return recipe
     except FileNotFoundError:
         raise Problem(f"{path}: no such picture; check the path") from None
+    except PermissionError:
+        raise Problem(f"{path}: may not be read; look at its permissions") from None
     except Exception:
         raise Problem(f"{path}: holds no isadca recipe; only PNGs written by isadca do") from None
+
+
+def recipe_flags(recipe: dict, command: str, source: Path) -> tuple[list[str], list[str]]:
+    """What a recipe says of REF and PROMPT, and its flags as one types them, so that they are checked as those are.
+
+    A reference that is not where it was is looked for beside the picture.
+    """
+    if recipe.get("command") != command:
+        raise Problem(f"{source}: was made by isadca {recipe.get('command')}, expected isadca {command}")
+    args = recipe.get("args") if isinstance(recipe.get("args"), dict) else {}
+    ref, prompt = args.get("ref"), args.get("prompt")
+    if (not isinstance(ref, str) or not isinstance(prompt, str) or "\0" in ref
+            or not isinstance(recipe.get("weights_sha256"), dict)
+            or not all(re.fullmatch("[a-z_]+", key) for key in args)):  # "grid=x" would be another flag
+        raise Problem(f"{source}: its recipe is damaged; give REF, PROMPT and the flags yourself")
+    beside = source.parent / Path(ref).name
+    if not Path(ref).exists() and beside.exists():
+        ref = str(beside)
+    flags = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in args.items()}
+    return [ref, prompt], [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()
+                           if value is not None and key not in NOT_KEPT | {"ref", "prompt"}]
+
+
+def typed_again(recipe: dict, source: Path) -> str:
+    """The command that makes the picture, as one would type it."""
+    from .flags import parser
+    words, flags = recipe_flags(recipe, "vary", source)
+    usual = {f"{flag}={action.default}" for flag, action in parser()[1]["vary"]._option_string_actions.items()}
+    return shlex.join(["isadca", "vary", *words, *(flag for flag in flags if flag not in usual), "-o", "OUT.png"])
+
+
+def differing(before: dict, hashes: dict[str, str]) -> str | None:
+    """The first part that is another than `before`; older recipes name the networks alone."""
+    whole = any(str(part).startswith("tokenizer/") for part in before)
+    parts = [*before, *(part for part in hashes if part not in before and (whole or part in NETWORKS))]
+    return next((part for part in parts if before.get(part) != hashes.get(part)), None)
+
+
+def check_same(recipe: dict, source: Path, reference: Path, reference_sha256: str, hashes: dict[str, str]) -> None:
+    """Raise Problem where the reference or anything else is not what made the picture."""
+    if recipe.get("reference_sha256") != reference_sha256:
+        raise Problem(f"{reference}: is not the reference that {source} was made from; give the right one as REF")
+    if part := differing(recipe["weights_sha256"], hashes):
+        was, now = (str(has.get(part))[:12] for has in (recipe["weights_sha256"], hashes))
+        raise Problem(f"{source}: was made with another {part} (sha256 {was}, this one has {now}); give the right "
+                      "--weights, or the prompt and flags yourself")

@@ -8,10 +8,10 @@ from ..common.problem import Problem
 from ..evaluation.system_values import system_of
 from ..evaluation.systems import System
 from ..methods import Method, own_method
-from .cli import _layers, parse_lam
+from .flags import parse_lam, parse_layers
 
 KNOBS = {field.name: field for field in fields(Method) if "help" in field.metadata}
-PARSERS = {"lam": parse_lam, "layers": _layers, "ip_layers": _layers}
+PARSERS = {"lam": parse_lam, "layers": parse_layers, "ip_layers": parse_layers}
 
 
 def parse_systems(text: str) -> list[System]:

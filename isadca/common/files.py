@@ -22,6 +22,11 @@ def save_text(text: str, path: str | Path) -> None:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
+def try_write(path: str | Path) -> None:
+    """Raises the Problem that atomic_write would, before the work."""
+    Path(atomic_write(path).__enter__()).unlink()
+
+
 class atomic_write:
     """`with atomic_write(path) as temporary:` - `path` appears, complete, only if the block succeeds."""
 

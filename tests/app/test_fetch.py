@@ -153,7 +153,7 @@ def test_what_a_damaged_part_becomes(hub, run, tmp_path):
 def test_the_environment_is_honoured(hub, tmp_path):
     """HF_HUB_OFFLINE, then HF_ENDPOINT and HF_TOKEN, each in a process of its own."""
     code = ("import pathlib, sys; from isadca.app import fetch; from isadca.common.problem import Problem\n"
-            f"try: fetch.fetch(fetch.Pinned{tuple(UNET)!r}, pathlib.Path(sys.argv[1]))\n"
+            f"try: fetch.download(fetch.Pinned{tuple(UNET)!r}, pathlib.Path(sys.argv[1]))\n"
             "except Problem as problem: print(problem)")
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}

@@ -5,7 +5,7 @@ import pytest
 from conftest import DEMO, ROOT
 from PIL import Image
 
-from isadca.app import tools
+from isadca.app import check
 from isadca.app.cli import main
 from isadca.app.recipe import read_recipe
 from isadca.common.images import load_image, save_png
@@ -45,7 +45,7 @@ def own_demo(tmp_path, monkeypatch, capsys):
     for item in DEMO.iterdir():
         if item.name != "check.png":
             (folder / item.name).symlink_to(item)
-    for module in (tools, loading):
+    for module in (check, loading):
         monkeypatch.setattr(module, "default_weights", lambda: folder)
     assert main(["check", "--device", "cpu", "--renew"]) == 0
     assert capsys.readouterr().out == f"{folder / 'check.png'}\n"

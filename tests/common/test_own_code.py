@@ -113,7 +113,7 @@ def test_a_method_and_a_function_by_either_flag(folder, capsys):
 def test_flags_that_have_no_effect_are_named(folder, capsys):
     (folder / "mine.py").write_text(PLAIN)
     assert main(vary("--attend", f"{folder}/mine.py:mine", "--mix", "attention", "--layers", "0")) == 0
-    assert "--mix, --layers has no effect" in capsys.readouterr().err
+    assert "--mix, --layers: no effect" in capsys.readouterr().err
 
 
 def test_a_recipe_does_not_run_code_and_notices_other_code(folder, capsys):

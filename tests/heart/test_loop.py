@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from steps import condition, predict_at
 
 from isadca import Method, Problem, Run, attend, attend_reference, blend, by_kind, dca, isa, sample
-from isadca.app.cli import parse_lam
+from isadca.app.flags import parse_lam
 from isadca.ddim import step
 from isadca.loop import adain, guide
 from isadca.methods import PRESETS, Cosine, Linear, method_named

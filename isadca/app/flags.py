@@ -1,0 +1,221 @@
+"""The flags of every command. Those of a method are the fields of Method, which hold their defaults and their words."""
+
+import argparse
+import difflib
+import re
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+from .. import __version__
+from ..common.problem import Problem
+from ..methods import PRESETS, Cosine, Lambda, Linear, Method
+from .fetch import names as fetchable
+
+# what people type who come from elsewhere
+HABITS = {"--cfg": "--guidance", "--cfg-scale": "--guidance", "--guidance-scale": "--guidance", "--width": "--size",
+          "--num-inference-steps": "--steps", "--negative-prompt": "--negative", "--height": "--size",
+          "--num-images": "--n", "--lambda": "--lam", "--model": "--weights", "--strength": "--diversity"}
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for what is wrong. Flags may stand anywhere and are not abbreviated."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        mine = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for flag in re.findall(r"(?<=[ :])--?[a-zA-Z][\w-]*", message) if "unrecognized" in message else []:
+            near = [HABITS[flag]] if HABITS.get(flag) in mine else difflib.get_close_matches(flag, mine, 1, 0.7)
+            message += f"; did you mean {near[0]}?" if near else ""
+        raise Problem(f"{message}; see {self.prog} --help")
+
+
+def parser() -> tuple[Parser, dict[str, Parser]]:
+    """The whole, for --help, and each command's own."""
+    top = Parser("isadca", description="Image variations with Stable Diffusion 1.5: intra-image self-attention, "
+                 "decoupled cross-attention and λ. Without --weights: the demo checkpoint.")
+    top.add_argument("--version", action="version", version=f"isadca {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
+    _vary(commands)
+    _sweep(commands)
+    _explore(commands)
+    _one_reference(commands)
+    _evaluate(commands)
+    _files(commands)
+    return top, commands.choices
+
+
+def parse_lam(text: str) -> Lambda:
+    """"0.7", "linear:1:0.3" or "cosine:1:0" -> λ. Raises Problem."""
+    shapes = {"linear": Linear, "cosine": Cosine}
+    try:
+        kind, *numbers = text.split(":")
+        if kind in shapes:
+            first, last = map(float, numbers)
+            value = shapes[kind](first, last)
+        else:
+            first = last = value = float(text)
+    except ValueError:
+        raise Problem(f"lam is {text!r}, expected a number such as 0.7, or linear:1:0.3, or cosine:1:0") from None
+    if not (0 <= first <= 1 and 0 <= last <= 1):
+        raise Problem(f"lam is {text}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
+    return value
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """"10-15" or "0,1,6" -> the numbers."""
+    found = re.fullmatch(r"(\d{1,3}(-\d{1,3})?)(,\d{1,3}(-\d{1,3})?)*", text, re.ASCII)
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")] if found else []
+    if not found or any(end[0] > end[-1] for end in ends):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected such as 10-15 or 0,1,6")
+    return tuple(n for end in ends for n in range(end[0], end[-1] + 1))
+
+
+def _vary(commands) -> None:
+    p, groups = _command(commands, "vary", "a picture and a prompt become a variation",
+                         'isadca vary examples/cat.png "a lemon" -o lemon.png --lam 0.7')
+    p.usage = "isadca vary REF [REF ...] PROMPT -o OUT [flags]"
+    add = groups.basic.add_argument
+    add("words", nargs="*", metavar="REF PROMPT", help="pictures, a folder of them, or what isadca invert wrote; the "
+        "prompt comes last")
+    _out(groups, "OUT", "a .png; a folder for several pictures")
+    _generation(groups, lam=True)
+    add("--grid", type=Path, metavar="SHEET.png", help="with --n: also a contact sheet")
+    add("--recipe", metavar="PNG", help="make a picture of isadca vary again; other flags change it")
+    add("--overwrite", action="store_true", help="in a folder: replace pictures that have another recipe")
+    add("--log", type=Path, metavar="FILE", help="append a line of JSON for each finished picture")
+    groups.method.add_argument("--attend", metavar="FILE.py:NAME", help="your own attention on top of the method")
+    groups.files.add_argument("--prior", metavar="FOLDER", help="Kandinsky 2.2's prior: the image prompt is what it "
+                              "expects of the text (with --ip-adapter ip-adapter_sd15_vit-G.safetensors)")
+
+
+def _sweep(commands) -> None:
+    _, groups = _command(commands, "sweep", "a labelled grid: one column per λ, one row per prompt",
+                         'isadca sweep examples/cat.png "a lemon" "a pig" --lam 0,0.5,1 -o grid.png')
+    groups.basic.add_argument("ref", metavar="REF")
+    groups.basic.add_argument("prompts", nargs="+", metavar="PROMPT")
+    _out(groups, "GRID.png")
+    groups.basic.add_argument("--lam", default="0,0.25,0.5,0.7,1", help="comma-separated (%(default)s)")
+    _generation(groups)
+
+
+def _explore(commands) -> None:
+    _, groups = _command(commands, "explore", "one run from inside, as a page to look at in a browser",
+                         'isadca explore examples/rocket.png "a lemon" -o lemon.html')
+    groups.basic.add_argument("ref", metavar="REF")
+    groups.basic.add_argument("prompt", metavar="PROMPT")
+    _out(groups, "PAGE.html")
+    groups.basic.add_argument("--lam", type=float, default=Method.lam,
+                              help="λ of the run that is taken apart (%(default)s)")
+    _inversion(groups, steps=20)
+
+
+def _one_reference(commands) -> None:
+    for name, summary, out, example in [
+            ("reconstruct", "invert and go back without control; reports the PSNR", "OUT.png", "back.png"),
+            ("invert", "invert once, for many runs", "REF.safetensors", "cat.safetensors")]:
+        _, groups = _command(commands, name, summary, f"isadca {name} examples/cat.png -o {example}")
+        groups.basic.add_argument("ref", metavar="PICTURE")
+        _out(groups, out)
+        _inversion(groups)
+
+
+def _evaluate(commands) -> None:
+    _, groups = _command(commands, "evaluate", "the paper's Table 1: every system and every metric, over pairs",
+                         "isadca evaluate weights/demo/pairs -o results")
+    add = groups.basic.add_argument
+    add("pairs", metavar="PAIRS", help="a folder with pairs.csv or pairs.json (reference, prompt), or DreamBooth's "
+        "dataset folder")
+    _out(groups, "RESULTS/")
+    add("--systems", help="comma-separated (all whose weights are there): rival, ip-adapter, image-variations, "
+        "controlnet-shuffle, isadca, isadca-0.5, isadca-attention, isadca-prior, the other names of isadca methods, "
+        "your own FILE.py:NAME; flags of vary go after a colon, such as isadca:lam=0.3 or rival:guidance=5;init=random")
+    add("--metrics", help="comma-separated (all whose weights are there): lpips-alex, lpips-vgg, ssim, ssim-luma, "
+        "sifid, clip-i, clip-t, clipscore")
+    add("--seeds", default="0", help="comma-separated (%(default)s)")
+    add("--steps", type=int, default=50, help="DDIM steps (%(default)s)")
+    _weights(groups)
+
+
+def _files(commands) -> None:
+    _, groups = _command(commands, "inspect", "what a weights file or folder is and whether it would load; a picture's "
+                         "recipe; a saved reference; a results folder", "isadca inspect weights/demo")
+    groups.basic.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    _, groups = _command(commands, "check", "does this machine compute what it should? A demo picture is made again",
+                         "isadca check --device cuda")
+    _machine(groups)
+    groups.basic.add_argument("--renew", action="store_true",
+                              help="store the picture anew, after the demo was trained again")
+    _command(commands, "methods", "the presets of --method, field by field", "isadca methods")
+    p, groups = _command(commands, "fetch", "download the published weights, verify them, and say how to use them",
+                         "isadca fetch sd15 ip-adapter --to weights")
+    p.formatter_class = argparse.RawDescriptionHelpFormatter  # the names, unbroken
+    p.epilog += "\n\nNAME:\n" + "\n".join(f"  {name:22}{size / 1e9:5.2f} GB" for name, size in fetchable().items())
+    groups.basic.add_argument("names", nargs="+", metavar="NAME", help="all, or some of those below")
+    groups.basic.add_argument("--to", type=Path, default="weights", metavar="FOLDER", help="(%(default)s)")
+    _, groups = _command(commands, "convert", "a PyTorch pickle (.bin, .pth, .ckpt) to safetensors; for files you "
+                         "trust", "isadca convert ip-adapter_sd15.bin -o ip-adapter_sd15.safetensors")
+    groups.basic.add_argument("source", type=Path, metavar="FILE", help="also an IP-Adapter's training checkpoint")
+    _out(groups, "FILE.safetensors")
+
+
+def _command(commands, name: str, summary: str, example: str) -> tuple[Parser, SimpleNamespace]:
+    p = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+                            epilog=f"example: {example}")
+    p.set_defaults(command=name)
+    groups = {title: p.add_argument_group(title) for title in ("basic", "method", "files", "machine")}
+    return p, SimpleNamespace(**groups)
+
+
+def _out(groups, metavar: str, help: str | None = None) -> None:
+    groups.basic.add_argument("-o", "--out", type=Path, required=True, metavar=metavar, help=help)
+
+
+def _generation(groups, lam: bool = False) -> None:
+    """What sampling needs. A default of None means: as the method has it."""
+    add = groups.basic.add_argument
+    groups.method.description = "In parentheses isadca's own value; isadca methods lists those of the others."
+    groups.method.add_argument("--method", metavar="NAME",
+                               help=f"{', '.join(PRESETS)}, or your own FILE.py:NAME ({Method.name})")
+    for field in fields(Method):
+        if "help" in field.metadata and (lam or field.name != "lam"):
+            default = "all" if field.default is None else field.default
+            groups.method.add_argument(
+                f"--{field.name.replace('_', '-')}", choices=field.metadata["choices"],
+                type=parse_layers if field.name == "layers" else str if field.name == "lam" else type(field.default),
+                help=f"{field.metadata['help']} ({default:g})" if isinstance(default, float) else
+                f"{field.metadata['help']} ({default})")
+    add("--negative", default="", help='negative prompt ("")')
+    add("--seed", type=int, default=0, help="of the first picture; the next has seed + 1 (%(default)s)")
+    add("-n", "--n", type=int, default=1, help="pictures (%(default)s)")
+    machine = groups.machine.add_argument
+    machine("--rows-at-once", type=int, default=64, help="rows of one UNet call at most (%(default)s)")
+    machine("--replay-at-once", type=int, default=5, metavar="M", help="reference steps per call (%(default)s)")
+    _inversion(groups)
+
+
+def _inversion(groups, steps: int = 50) -> None:
+    """What loading and inverting need."""
+    groups.basic.add_argument("--steps", type=int, help=f"DDIM steps ({steps})")
+    groups.basic.add_argument("--ref-prompt", default="", help='what the reference shows, for its inversion ("")')
+    groups.basic.add_argument("--fit", choices=("crop", "squash", "pad"),
+                              help="what is not square: its centre, distorted, or with white borders (crop)")
+    groups.basic.add_argument("--size", type=int, help="side in pixels (what the model was trained on)")
+    _weights(groups)
+
+
+def _weights(groups) -> None:
+    add = groups.files.add_argument
+    add("--weights", metavar="PATH", help="diffusers folder or LDM .safetensors (weights/demo)")
+    add("--vae", metavar="PATH", help="another autoencoder")
+    add("--ip-adapter", metavar="FILE", help="IP-Adapter .safetensors, or none (found beside the weights)")
+    add("--image-encoder", metavar="PATH", help="its CLIP encoder (found beside the weights)")
+    groups.basic.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
+    _machine(groups)
+
+
+def _machine(groups) -> None:
+    groups.machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    groups.machine.add_argument("--dtype", default="auto", help="auto, fp32, fp16, bf16 (%(default)s)")

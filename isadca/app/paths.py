@@ -1,0 +1,71 @@
+"""What is read and what is written, looked at before the work: no output replaces an input, and nothing waits for a
+pipe."""
+
+import os
+import stat
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..common.files import try_write
+from ..common.problem import Problem
+
+INPUTS = ("ref", "refs", "recipe", "weights", "vae", "ip_adapter", "image_encoder", "prior", "pairs", "source", "paths")
+CODE = ("method", "attend")  # FILE.py:NAME
+
+
+def inputs(args: Namespace) -> Iterator[tuple[str, str]]:
+    """(what it is called, path) of every file and folder that the flags name."""
+    for name in INPUTS:
+        value = getattr(args, name, None)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and not (str(path) == "none" and name in ("ip_adapter", "image_encoder")):
+                flag = {"ref": "REF", "refs": "REF", "source": "FILE", "pairs": "PAIRS", "paths": "PATH"}.get(name)
+                yield flag or f"--{name.replace('_', '-')}", str(path)
+    for name in CODE:
+        if file := (getattr(args, name, None) or "").rpartition(":")[0]:
+            yield f"--{name}", file
+
+
+def check_inputs(args: Namespace) -> None:
+    for flag, path in inputs(args):
+        if path in ("", ".") and flag != "PATH" and flag != "REF" or not path or "\0" in path:
+            raise Problem(f"{flag} is {path!r}, expected a path; leave it out or name a file or folder")
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            continue  # who reads it says why
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise Problem(f"{path}: is a pipe or a device, expected a file or folder; copy what it gives to a file")
+
+
+def writable(path: Path, suffix: str, args: Namespace, flag: str = "-o") -> Path:
+    """`path`, if a file can be written there that is no input: found out before the work, not after."""
+    another = f"choose another {flag}"
+    if path.suffix.lower() != suffix:
+        raise Problem(f"{path}: expected a name that ends in {suffix}")
+    if "\0" in str(path):
+        raise Problem(f"{str(path)!r}: holds a NUL; {another}")
+    if path.is_dir():
+        raise Problem(f"{path}: is a folder, expected a file name")
+    if not path.parent.is_dir():
+        raise Problem(f"{path}: the folder {path.parent} does not exist; make it first")
+    for name, read in inputs(args):
+        if _same(path, read):
+            what = "the reference itself" if name == "REF" else f"what {name} names"
+            raise Problem(f"{path}: is {what}; {another}")
+        inside = os.path.isdir(read) and Path(os.path.realpath(read)) in Path(os.path.realpath(path)).parents
+        if inside and suffix == ".safetensors" and path.exists():
+            raise Problem(f"{path}: is a file of {name} {read}; {another}")
+    if not os.access(path.parent, os.W_OK):
+        raise Problem(f"{path}: the folder {path.parent} is not writable; {another}")
+    try_write(path)
+    return path
+
+
+def _same(path: Path, read: str) -> bool:
+    """By whatever name: links, case."""
+    try:
+        return os.path.samefile(path, read)
+    except OSError:
+        return False
