@@ -184,7 +184,7 @@ def _generation(groups, lam: bool = False) -> None:
             default = "all" if field.default is None else field.default
             groups.method.add_argument(
                 f"--{field.name.replace('_', '-')}", choices=field.metadata["choices"],
-                type=parse_layers if field.name == "layers" else str if field.name == "lam" else type(field.default),
+                type=str if field.name == "lam" else parse_layers if field.default is None else type(field.default),
                 help=f"{field.metadata['help']} ({default:g})" if isinstance(default, float) else
                 f"{field.metadata['help']} ({default})")
     add("--negative", default="", help='negative prompt ("")')

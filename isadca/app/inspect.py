@@ -58,12 +58,13 @@ def _reference(path: Path) -> None:
 
 
 def _weights(path: Path) -> None:
-    from ..loading.load import parts_of
+    from ..loading.inspect import parts_of
     for part in parts_of(path):
         count = sum(prod(shape) for shape in part.shapes.values())
-        dtypes = "/".join(sorted(set(part.dtypes.values())))
+        dtypes = "/".join(sorted({tensor.dtype for tensor in part.tensors.values()}))
+        size = sum(file.stat().st_size for file in part.files)
         print(f"{part.path}: {part.kind}, layout {part.layout}, {len(part.shapes)} tensors, "
-              f"{count / 1e6:.1f} M parameters, {dtypes}, {part.path.stat().st_size / 1e6:.1f} MB; loads")
+              f"{count / 1e6:.1f} M parameters, {dtypes}, {size / 1e6:.1f} MB; loads")
 
 
 def methods(args: Namespace) -> None:

@@ -18,6 +18,8 @@ from .recipe import differing, fingerprint
 def save_reference(ref: Reference, path: str | Path, weights: str) -> None:
     """Write a reference as safetensors; `weights` says which model made it (the commands: its files' sha256)."""
     tensors = {"chain": ref.chain.contiguous().cpu(), "image": torch.from_numpy(np.array(ref.image))}
+    if ref.original is not None and ref.original.size != ref.image.size:  # what the image prompt's encoder sees
+        tensors["original"] = torch.from_numpy(np.array(ref.original.convert("RGB")))
     about = {"format": "isadca reference 1", "prompt": ref.prompt, "weights": weights}
     try:
         with atomic_write(path) as temporary:
@@ -36,6 +38,7 @@ def load_reference(path: str | Path, weights: str | None, device: torch.device |
             if about.get("format") != "isadca reference 1":
                 raise Problem(f"{path}: not a reference; make one with: isadca invert PICTURE -o {path.name}")
             chain, pixels = file.get_tensor("chain"), file.get_tensor("image")
+            original = file.get_tensor("original" if "original" in file.keys() else "image")
     except FileNotFoundError:
         raise Problem(f"{path}: no such file; make one with: isadca invert PICTURE -o {path.name}") from None
     except (OSError, SafetensorError) as error:
@@ -45,9 +48,11 @@ def load_reference(path: str | Path, weights: str | None, device: torch.device |
     h, side = chain.shape[-1:], pixels.shape[:1]
     if (chain.shape[1:] != (4, *h, *h) or len(chain) < 2 or pixels.shape != (*side, *side, 3) or 0 in (*h, *side)
             or side[0] % h[0] or chain.dtype not in (torch.float32, torch.float64) or pixels.dtype != torch.uint8
-            or not chain.isfinite().all()):
+            or not chain.isfinite().all() or original.dtype != torch.uint8 or original.ndim != 3
+            or original.shape[2] != 3 or 0 in original.shape):
         raise Problem(f"{path}: a damaged reference; invert the picture again")
-    return Reference(Image.fromarray(pixels.numpy()), chain.to(device), about.get("prompt", ""))
+    return Reference(Image.fromarray(pixels.numpy()), chain.to(device), about.get("prompt", ""),
+                     Image.fromarray(original.numpy()))
 
 
 def _check_weights(path: Path, before: str, now: str) -> None:

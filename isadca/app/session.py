@@ -141,8 +141,6 @@ def method_of(args: Namespace, lam=None) -> Method:
         given.pop("mix", None)
         if idle:
             note(f"{', '.join(idle)}: no effect, your own attention decides that")
-    if "layers" in given:
-        given["layers"] = tuple(given["layers"])
     method = replace(method, **given, **({} if lam is None else {"lam": lam})).check(1000)
     if args.n > 1 and method.deterministic:  # several pictures would be one picture
         note(f"with --init inverted every seed gives the same picture; using --diversity {DIVERSITY_OF_MANY} "

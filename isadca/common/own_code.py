@@ -69,28 +69,32 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def checked(function: Callable, where: str) -> Callable:
-    """A function Controls -> Attend (or several), whose results are looked at: torch would stretch a single row or
-    query over all of them without a word, and blame a NaN on what comes after."""
+    """A `mix`, whose attention's results are looked at: torch would stretch a single row or query over all of them
+    without a word, and blame a NaN on what comes after."""
     def mix(controls):
-        made = function(controls)
-        return type(made)(map(watched, made)) if isinstance(made, (list, tuple)) else watched(made)
-
-    def watched(attend):
-        if hasattr(attend, "attend"):  # a row of guidance, loop.Guided
-            return attend._replace(attend=watched(attend.attend))
-        if not callable(attend):
-            raise Problem(f"{where}: returned {type(attend).__name__}, expected a function (q, k, v, site) -> y")
-
-        def attend_own(q, k, v, site):
-            y = attend(q, k, v, site)
-            expected = (*q.shape[:3], v.shape[3])
-            if getattr(y, "shape", None) != expected:
-                raise Problem(f"{where}: gave {_shape(y)} at {site.name}, expected {expected}, the shape of q")
-            if not y.isfinite().all():
-                raise Problem(f"{where}: gave inf or NaN at {site.name}; look for a division or log of 0 in it")
-            return y
-        return attend_own
+        made, looked_at = function(controls), {}
+        for f in made if isinstance(made, (list, tuple)) else [made]:
+            attend = getattr(f, "attend", f)  # of a loop.Guided
+            looked_at[id(attend)] = _looked_at(attend, where)
+        if isinstance(made, list):
+            return [row._replace(attend=looked_at[id(row.attend)]) for row in made]
+        return tuple(looked_at[id(f)] for f in made) if isinstance(made, tuple) else looked_at[id(made)]
     return mix
+
+
+def _looked_at(attend: Callable, where: str) -> Callable:
+    if not callable(attend):
+        raise Problem(f"{where}: returned {type(attend).__name__}, expected a function (q, k, v, site) -> y")
+
+    def attend_own(q, k, v, site):
+        y = attend(q, k, v, site)
+        expected = (*q.shape[:3], v.shape[3])
+        if getattr(y, "shape", None) != expected:
+            raise Problem(f"{where}: gave {_shape(y)} at {site.name}, expected {expected}, the shape of q")
+        if not y.isfinite().all():
+            raise Problem(f"{where}: gave inf or NaN at {site.name}; look for a division or log of 0 in it")
+        return y
+    return attend_own
 
 
 def _shape(y) -> str:

@@ -157,7 +157,8 @@ def test_inspect_and_methods(isadca_cli):
     assert code == 2 and len(out) == 1 and CAT in err and err.count("\n") == 1
     code, out, _ = isadca_cli("methods")
     names = [line.split(":")[0] for line in out if line[0] != " "]
-    assert code == 0 and names == ["isadca", "rival", "rival-edit", "ip-adapter", "masactrl", "plain"]
+    assert code == 0 and names == ["isadca", "rival", "rival-edit", "rival-variation", "ip-adapter", "masactrl",
+                                  "plain"]
 
 
 def test_an_attention_of_ones_own(isadca_cli):
