@@ -16,7 +16,7 @@ from ..common.files import sha256
 from ..common.images import load_image
 from ..common.own_code import is_own
 from ..common.problem import Problem
-from ..loading.load import default_weights, load, pick_file
+from ..loading.load import default_weights, find, load, pick_file
 from ..loop import Run, sample
 from ..methods import Method, method_named, own_method
 from ..reference import Reference, invert
@@ -58,8 +58,7 @@ class Session:
             self.prior = load_prior(prior, self.model.dtype, self.model.device)
             files["prior"] = pick_file(Path(prior, "prior"), self.model.dtype)
         weights = Path(args.weights or default_weights())
-        own = weights / "tokenizer"
-        vocabulary = own if own.is_dir() else default_weights().parent / "tokenizer"
+        vocabulary = find("tokenizer", weights) or default_weights().parent / "tokenizer"
         self._hashes = recipes.hash_files(recipes.inputs_of(files, weights, vocabulary))
 
     @property
