@@ -85,7 +85,7 @@ def isa(ref_kv: KV, mode: str = "append", kernel: Attend = attend) -> Attend:
     return attend_isa
 
 
-def dca(ip_kv: KV, scale: float = 1.0, kernel: Attend = attend) -> Attend:
+def dca(ip_kv: KV, scale: float | Tensor = 1.0, kernel: Attend = attend) -> Attend:
     """Decoupled cross-attention, Eq. 8: attention to the text plus `scale` × attention to the image, same queries.
 
     `ip_kv` comes from `IPAdapter.keys_values`; its rows are as in `isa`; empty, it leaves the text alone.
@@ -102,7 +102,7 @@ def dca(ip_kv: KV, scale: float = 1.0, kernel: Attend = attend) -> Attend:
 
 # ---- combinators -----------------------------------------------------------------------------------------------
 
-def blend(f: Attend, g: Attend, weight: float) -> Attend:
+def blend(f: Attend, g: Attend, weight: float | Tensor) -> Attend:
     """(1 - weight) · f + weight · g, exactly f at 0 and exactly g at 1 (the other is then not computed)."""
     if weight in (0, 1):
         return g if weight else f

@@ -39,8 +39,9 @@ class Schedule:
     def __init__(self, config: ScheduleConfig = ScheduleConfig()):
         self.config = config
         linear = config.beta_schedule == "linear"
-        ends = (config.beta_start, config.beta_end) if linear else (config.beta_start**0.5, config.beta_end**0.5)
-        betas = torch.linspace(*ends, config.train_steps, dtype=torch.float64) ** (1 if linear else 2)
+        power = 1 if linear else 2
+        first, last = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
+        betas = torch.linspace(first, last, config.train_steps, dtype=torch.float64) ** power
         self._alpha_bar = (1 - betas).cumprod(0).tolist()
 
     def alpha_bar(self, t: int) -> float:

@@ -267,8 +267,9 @@ def condition(model: Model, run: Run, tokens: Tensor | None) -> Conditions:
     """`tokens` are the image prompt's, [unconditional, image], (2,n,D)."""
     prompts = [run.negative, run.prompt] if run.method.guidance != 1 else [run.prompt]
     words = model.tokenizer.words(run.prompt) if isinstance(run.prompt, str) else []
-    if all(isinstance(prompt, str) for prompt in prompts):
-        context = model.context(prompts)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) == len(prompts):
+        context = model.context(texts)
     else:
         context = torch.cat([model.context([p]) if isinstance(p, str) else p[None] for p in prompts])
     if tokens is None or not run.method.wants_image:

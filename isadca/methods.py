@@ -59,12 +59,12 @@ class Method:
 
     def wants_reference(self, t: int, T: int) -> bool:
         """Whether the step at t uses the reference's keys and values, or its noise."""
-        return (self.lam_at(t, T) > 0 or callable(self.mix)) and (self.is_active(t) or t > self.adain_above)
+        return bool(self.lam_at(t, T) > 0 or callable(self.mix)) and (self.is_active(t) or t > self.adain_above)
 
     @property
     def wants_image(self) -> bool:
         """Whether any step uses the image prompt."""
-        return self.ip_scale != 0 and (self.lam != 1 or callable(self.mix))
+        return bool(self.ip_scale != 0 and (self.lam != 1 or callable(self.mix)))
 
     def check(self, T: int, n_layers: int | None = None) -> "Method":
         """Self, with `layers` counted from the start; or a Problem that names the field, its value, what it may be."""

@@ -11,7 +11,7 @@ Shapes: T steps, (4,h,w) a latent.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -116,7 +116,7 @@ def reference_steps(model: Model, ref: Reference, chunk: list[tuple[int, Step]],
     rows = len(context)
     z = torch.stack([ref.chain[ref.steps - i] for i, _ in chunk])                # step i starts at level T - i
     t = torch.tensor([stride.t for _, stride in chunk], device=z.device)         # one time step per row
-    store, qk = {}, {} if maps else None
+    store, qk = dict[str, Any](), dict[str, Any]() if maps else None
     eps = model.noise(z.repeat_interleave(rows, 0), t.repeat_interleave(rows), context.repeat(len(chunk), 1, 1),
                       capture(store, kernel, qk))
     for first in range(0, len(eps), rows):

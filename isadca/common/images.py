@@ -25,7 +25,7 @@ RECIPE_KEY = "isadca"  # the PNG text chunk that holds the recipe
 def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None) -> Image.Image:
     """A picture file as RGB, turned upright by its EXIF tag, transparency composited on white.
 
-    `tell` is told what of it is not seen. Raises Problem for what is not a readable picture.
+    `tell` gets a note on what of it is left out or guessed. Raises Problem for what is not a readable picture.
     """
     path = Path(path)
     try:
@@ -33,8 +33,9 @@ def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None
             warnings.simplefilter("ignore")  # old cameras' EXIF and the like
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as file:
-                if getattr(file, "is_animated", False):
-                    tell(f"{path} holds {file.n_frames} pictures; the first is used")
+                frames = getattr(file, "n_frames", 1)
+                if frames > 1:
+                    tell(f"{path} holds {frames} pictures; the first is used")
                 image = _rgb(ImageOps.exif_transpose(file), lambda text: tell(f"{path}: {text}"))
     except FileNotFoundError:
         raise Problem(f"{path}: no such picture; check the path") from None
@@ -54,14 +55,32 @@ def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None
 
 
 def _rgb(image: Image.Image, tell: Callable[[str], None] = lambda text: None) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, PIL would clip
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image, tell)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             tell("what is transparent becomes white")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image, tell: Callable[[str], None]) -> Image.Image:
+    """Grey of more than 8 bits, which PIL would clip. Of 16 the high byte is kept; other ranges are stretched."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not numbers")
+    low, high = values.min(), values.max()
+    if image.mode != "F" and low >= 0 and high < 2**16:
+        if 2**8 <= high < 2**12:
+            tell(f"its 16-bit values end at {high:.0f}, so it is nearly black; if they have 12 bits, multiply by 16")
+        return Image.fromarray((values // 256).astype(np.uint8))
+    if low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    elif low >= 0 and high <= 255:
+        low, high = 0.0, 255.0
+    tell(f"its values are read as {low:g} (black) to {high:g} (white)")
+    return Image.fromarray(((values - low) / (high - low) * 255).round().astype(np.uint8))
 
 
 def fit(image: Image.Image, size: int, how: str = "crop") -> Image.Image:

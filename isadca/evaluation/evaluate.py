@@ -106,7 +106,8 @@ def describe(model: Model, pairs: list[Pair], steps: int, ranks: int) -> dict[st
 
 def hash_extras(weights: Path, metrics_folder: Path, systems: list[System], metrics: tuple[str, ...]) -> dict[str, str]:
     """sha256 of the weights, configs and vocabularies of the other systems and of the metrics."""
-    places = [find_extra(weights, system.needs) for system in systems if system.needs]
+    found = [find_extra(weights, system.needs) for system in systems if system.needs]
+    places = [place for place in found if place]
     places += [metrics_folder / file for name in metrics for file in METRICS[name][2]]
     files = {path for place in places for path in ([place] if place.is_file() else place.rglob("*"))}
     return {"/".join(path.parts[-3:]): sha256(path) for path in sorted(files)

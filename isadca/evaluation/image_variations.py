@@ -5,6 +5,8 @@ Its whole context is one token, the picture's projected CLIP ViT-L/14 embedding;
 Reference: lambdalabs/sd-image-variations-diffusers. Shapes: B rows, P projection width.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,8 @@ def vary_image(model: Model, image: Image.Image, steps: int = 50, guidance: floa
                progress: Progress = silent) -> list[Image.Image]:
     """Variations of a picture, one per seed, by DDIM. `model` is that repository's folder: it needs no text encoder."""
     device, side = model.device, model.unet.config.sample_size
-    embed = model.vision(squash_pixels(image, model.vision.config.image_size).to(device, model.dtype))[0][:, None]
+    vision: Any = model.vision  # the loader saw to it
+    embed = vision(squash_pixels(image, vision.config.image_size).to(device, model.dtype))[0][:, None]
     context = torch.cat([torch.zeros_like(embed), embed]).repeat_interleave(len(seeds), 0)  # (2·B,1,P)
     z = torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
                    for seed in seeds]).to(device, model.latent_dtype)

@@ -2,6 +2,7 @@
 in metrics.py."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Judge:
                 if not (folder / file).exists():
                     raise Problem(f"{folder / file}: no such file, which the metric {name} needs; see "
                                   "weights/README.md for where people get it, or leave it out of --metrics")
-        self._distances = {}
+        self._distances: dict[str, Callable] = {}
         for kind in ("alex", "vgg"):
             if f"lpips-{kind}" in names:
                 trunk, heads = (load_metric(folder / file, what, device)

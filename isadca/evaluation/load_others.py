@@ -1,6 +1,7 @@
 """The other systems' published files: from a path to the networks. Names and strictness as in the core's loading."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,7 +81,8 @@ def load_image_variations(folder: str | Path, dtype: torch.dtype = torch.float32
         raise Problem(f"{files['vision']}: an image encoder that projects to {vision.config.projection_dim}, the UNet "
                       f"expects {unet.config.context_dim}; they belong to different models")
     schedule = Schedule(ScheduleConfig())
-    return Model(unet=unet, vae=networks["vae"], text=None, tokenizer=None, schedule=schedule, vision=vision,
+    nothing: Any = None  # it reads no text
+    return Model(unet=unet, vae=networks["vae"], text=nothing, tokenizer=nothing, schedule=schedule, vision=vision,
                  ip_adapter=None, device=torch.device(device), dtype=dtype, files=files)
 
 

@@ -8,7 +8,7 @@ arXiv 2104.08718. Shapes: B pairs, (B,3,H,W) RGB; functions give one number a pa
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class Conv(NamedTuple):
 
 
 POOL, TAP = "pool", "tap"
-TRUNKS = {  # torchvision's AlexNet and VGG16 up to the last activation that LPIPS taps
+TRUNKS: dict[str, list[Conv | str]] = {  # torchvision's AlexNet and VGG16 up to the last activation that LPIPS taps
     "alex": [Conv(0, 2, 4), TAP, POOL, Conv(3, 2), TAP, POOL, Conv(6), TAP, Conv(8), TAP, Conv(10), TAP],
     "vgg": [Conv(0), Conv(2), TAP, POOL, Conv(5), Conv(7), TAP, POOL, Conv(10), Conv(12), Conv(14), TAP, POOL,
             Conv(17), Conv(19), Conv(21), TAP, POOL, Conv(24), Conv(26), Conv(28), TAP]}
@@ -94,7 +94,7 @@ def taps(x: Tensor, kind: str, trunk: Weights) -> list[Tensor]:
     for layer in TRUNKS[kind]:
         if layer == TAP:
             found.append(x)
-        elif layer == POOL:
+        elif not isinstance(layer, Conv):  # a pooling
             x = F.max_pool2d(x, POOLING[kind], stride=2)
         else:
             key = f"features.{layer.number}"
@@ -108,8 +108,9 @@ def _unit(f: Tensor) -> Tensor:
 
 # ---- SIFID -----------------------------------------------------------------------------------------------------
 
-INCEPTION = [("Conv2d_1a_3x3", 2, 0), ("Conv2d_2a_3x3", 1, 0), ("Conv2d_2b_3x3", 1, 1), POOL,  # name, stride, padding
-             ("Conv2d_3b_1x1", 1, 0), ("Conv2d_4a_3x3", 1, 0)]
+INCEPTION: list[Any] = [  # name, stride, padding
+    ("Conv2d_1a_3x3", 2, 0), ("Conv2d_2a_3x3", 1, 0), ("Conv2d_2b_3x3", 1, 1), POOL,
+    ("Conv2d_3b_1x1", 1, 0), ("Conv2d_4a_3x3", 1, 0)]
 
 
 def inception_map(x: Tensor, inception: Weights) -> Tensor:
@@ -119,9 +120,10 @@ def inception_map(x: Tensor, inception: Weights) -> Tensor:
             x = F.max_pool2d(x, 3, stride=2)
             continue
         name, stride, padding = layer
-        norm = [inception[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        mean, var, weight, bias = (inception[f"{name}.bn.{part}"]
+                                   for part in ("running_mean", "running_var", "weight", "bias"))
         x = F.conv2d(x, inception[f"{name}.conv.weight"], None, stride, padding)
-        x = F.relu(F.batch_norm(x, *norm, eps=0.001))
+        x = F.relu(F.batch_norm(x, mean, var, weight, bias, eps=0.001))
     return x
 
 

@@ -2,10 +2,11 @@
 
 import csv
 import io
+from typing import Any
 
 from .results_folder import Item
 
-Numbers = dict[Item, dict[str, float]]
+Numbers = dict[Item, dict[str, Any]]  # figures by metric, and which code made them
 
 
 def to_csv(numbers: Numbers, metrics: tuple[str, ...]) -> str:

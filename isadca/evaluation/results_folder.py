@@ -26,7 +26,7 @@ PACKAGE = Path(__file__).parent.parent
 class Item(NamedTuple):
     """One variation to make and measure."""
 
-    index: int  # of the pair
+    index: int  # type: ignore[assignment]  # of the pair; a tuple has a method of this name
     pair: Pair
     system: System
     seed: int

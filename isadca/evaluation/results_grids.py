@@ -23,7 +23,8 @@ def grid(items: list[Item], systems: list[System], results: Path, upright: bool 
         rows.append([load_image(path) for path in (paths[0].with_name("reference.png"), *paths)])
     headings = ["reference", *(system.label.replace("λ", "lambda") for system in systems)]  # the font has no Greek
     prompts = [item.pair.prompt for item in shown]
-    return contact_sheet(list(zip(*rows)), prompts, headings) if upright else contact_sheet(rows, headings, prompts)
+    columns = list(map(list, zip(*rows)))
+    return contact_sheet(columns, prompts, headings) if upright else contact_sheet(rows, headings, prompts)
 
 
 def spread(items: list[Item]) -> list[Item]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from ..common.problem import Problem
 from .config_json import check_prediction, read_json
 from .layouts import CLIP_HALVES, IGNORED, LAYOUTS, Layout, rename
 
+Network = TypeVar("Network", bound=nn.Module)
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -84,7 +85,7 @@ def recognise(path: str | Path) -> list[Part]:
             parts[layout.part] = take(path, layout, header)
     if not parts:
         from .diagnose import stranger
-        raise stranger(path, header)
+        raise stranger(path, header) or AssertionError("a stranger is always named")
     check_prediction(path, header)
     return list(parts.values())
 
@@ -137,13 +138,13 @@ def same_shape(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
     return theirs == ours or theirs == ours + (1, 1)  # LDM keeps the VAE's linear layers as 1×1 convolutions
 
 
-def load_into(model: nn.Module, part: Part, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+def load_into(model: Network, part: Part, dtype: torch.dtype, device: torch.device | str = "cpu") -> Network:
     """Give a model built on the meta device the tensors of `part`; every name and shape must fit.
 
     fp32 on CPU stays memory-mapped: nothing is copied. Returns the model in eval mode, without gradients on its
     weights (gradients still flow through it).
     """
-    expected, state = shapes_of(model), {}
+    expected, state = shapes_of(model), dict[str, Tensor]()
     check_names(expected, part)
     for path in part.files:
         with safe_open(path, framework="pt") as file:

@@ -3,9 +3,9 @@ check that they belong together."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..common.problem import Problem
 from ..networks.clip import CLIPText, CLIPVision
@@ -38,17 +38,17 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
     `ip_adapter` and `image_encoder` are found inside or beside the weights when they are not given;
     "none" does without either. `vae` replaces the autoencoder. Raises Problem where something does not fit.
     """
-    device = _device(device)
-    dtype = _dtype(dtype, device)
+    place = _device(device)
+    precision = _dtype(dtype, place)
     weights = Path(weights) if weights else default_weights()
-    parts = read_parts(locate(weights, ip_adapter, image_encoder, vae), dtype)
-    networks = {kind: load_into(build(part), part, vae_dtype(dtype) if kind == "vae" else dtype, device)
+    parts = read_parts(locate(weights, ip_adapter, image_encoder, vae), precision)
+    networks = {kind: load_into(build(part), part, vae_dtype(precision) if kind == "vae" else precision, place)
                 for kind, part in parts.items()}
     _check_fit(networks, parts)
     text = networks["text"]
     schedule = read_schedule(folder_of(weights) / "scheduler" / "scheduler_config.json")
     return Model(**{"vision": None, "ip_adapter": None} | networks, tokenizer=load_tokenizer(weights, text.config),
-                 schedule=schedule, device=device, dtype=dtype, files=files_of(parts))
+                 schedule=schedule, device=place, dtype=precision, files=files_of(parts))
 
 
 # ---- locate ------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def files_of(parts: dict[str, Part]) -> dict[str, Path]:
 
 # ---- build and check ---------------------------------------------------------------------------------------------
 
-def build(part: Part) -> nn.Module:
+def build(part: Part) -> Any:
     """The network of `part` on the meta device, its sizes from the config.json beside the file (or SD1.5's)."""
     with without_values():
         if part.kind != "ip_adapter":

@@ -111,7 +111,8 @@ class Watch:
     """
 
     def __init__(self, model: Model, stage: str):
-        self.model, self.stage, self.flags = model, stage, []
+        self.model, self.stage = model, stage
+        self.flags: list[tuple[int | None, Tensor]] = []
 
     def __call__(self, x: Tensor, t: int | None = None) -> Tensor:
         self.flags.append((t, x.isfinite().all()))

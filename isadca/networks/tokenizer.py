@@ -60,7 +60,8 @@ class Tokenizer:
 
     def words(self, text: str) -> list[tuple[str, list[int]]]:
         """The words of `text`, each with the context's rows that hold its tokens."""
-        encoded, rows = self._encode(text), {}
+        encoded = self._encode(text)
+        rows: dict[int | None, list[int]] = {}
         for i, word in enumerate(encoded.word_ids[: self.max_tokens - 2]):
             rows.setdefault(word, []).append(i)
         span = lambda at: text[encoded.offsets[at[0]][0]: encoded.offsets[at[-1]][1]]

@@ -185,7 +185,7 @@ class UNet(Descent):
 
 def name_sites(blocks: list[Block]) -> list[Site]:
     """Tell each attention layer who it is; `layer` counts transformer blocks in execution order."""
-    sites = []
+    sites: list[Site] = []
     for block in blocks:
         place = block.name.split("_")[0]
         for j, transformer in enumerate(block.attentions):

@@ -110,6 +110,28 @@ def test_16_bit_grey_keeps_the_high_byte(tmp_path):
         assert got[0].tolist() == [[v, v, v] for v in (0, 0, 1, 128, 255)]
 
 
+@pytest.mark.parametrize("values, expected, says", [
+    (np.array([[0, 4095]], dtype=np.uint16), [0, 15], "end at 4095, so it is nearly black"),  # 12 bits in 16
+    (np.array([[0, 0.5, 1]], dtype=np.float32), [0, 128, 255], "0 (black) to 1 (white)"),
+    (np.array([[0, 51, 102]], dtype=np.float32), [0, 51, 102], "0 (black) to 255 (white)"),
+    (np.array([[-1, 0, 3]], dtype=np.float32), [0, 64, 255], "-1 (black) to 3 (white)"),
+    (np.array([[0, 2**30]], dtype=np.int32), [0, 255], "(white)"),
+    (np.array([[7, 7]], dtype=np.int32), [0, 0], None), (np.array([[0, 0]], dtype=np.float32), [0, 0], "(black)"),
+    (np.array([[300, 65535]], dtype=np.uint16), [1, 255], None)], ids=str)
+def test_other_depths_of_grey_are_not_clipped_in_silence(tmp_path, values, expected, says):
+    notes = []
+    (tmp_path / "x.tiff").write_bytes(encoded(Image.fromarray(values), "TIFF"))
+    got = np.array(load_image(tmp_path / "x.tiff", notes.append))
+    assert got[0, :, 0].tolist() == expected
+    assert len(notes) == (says is not None) and all(says in note for note in notes)
+
+
+def test_grey_that_is_no_number_is_a_damaged_picture(tmp_path):
+    (tmp_path / "x.tiff").write_bytes(encoded(Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)), "TIFF"))
+    with pytest.raises(Problem, match="damaged .it holds values that are not numbers"):
+        load_image(tmp_path / "x.tiff")
+
+
 def test_an_animation_gives_its_first_frame(tmp_path):
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     got = loaded(tmp_path / "x.gif", encoded(red, "GIF", save_all=True, append_images=[blue, blue]))
