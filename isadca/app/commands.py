@@ -39,8 +39,8 @@ def vary(args: Namespace) -> None:
     bar, args.quiet = session.progress(refs, "pictures"), True
     for ref in bar:
         try:
-            outs = dict(zip(seeds, _numbered(args, args.out / f"{Path(ref).stem}.png", seeds)))
-            _vary(session, Picture(ref, args.fit), method, outs, folder=True)
+            outs = _numbered(args, args.out / f"{Path(ref).stem}.png", seeds)
+            _vary(session, Picture(ref, args.fit), method, dict(zip(seeds, outs)), folder=True)
         except Problem as problem:
             say(str(problem))
             failed += 1

@@ -10,6 +10,7 @@ import base64
 import json
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class Record:
         return attend(q, k, v, site)
 
 
-def _probs(q: Tensor, k: Tensor) -> Tensor:
+def _probs(q: Tensor, k: Tensor) -> Any:
     """The last row, a text-guided one: (B,H,N,d), (B,H,M,d) -> (N,M), head by head for memory."""
     heads = q.shape[1]
     return sum(attention_probs(q[-1:, [h]], k[-1:, [h]])[0, 0].float() for h in range(heads)) / heads
@@ -78,7 +79,8 @@ def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progr
     words = model.tokenizer.words(prompt)
     grid = model.schedule.steps(ref.steps)
     moments, chain = _spread(ref.steps - 1, MOMENTS), _spread(ref.steps, CHAIN + 1)[1:]
-    record, branches, attention = Record(model.text.config.max_tokens), [], []
+    record, attention = Record(model.text.config.max_tokens), []
+    branches: list[list[Tensor]] = []
 
     def on_step(run: Run, t: int, z: Tensor, noise: Noise) -> None:
         if len(branches) in moments:
@@ -86,7 +88,7 @@ def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progr
         branches.append([predict_x0(z, eps, model.schedule.alpha_bar(t)) for eps in noise])
         record.clear()
 
-    [z] = sample(model, ref, [Run(prompt, method)], replay(model, ref), kernel=record, on_step=on_step,
+    [z] = sample(model, ref, [Run(prompt, method)], replayed=replay(model, ref), kernel=record, on_step=on_step,
                  progress=progress)
     show = lambda latents: [uri(image) for image in decode(model, latents)]
     return {"version": __version__, "prompt": prompt, "words": [word for word, _ in words], "lam": method.lam,
@@ -118,7 +120,7 @@ def attention_maps(record: Record, rows: list[list[int]]) -> dict:
 
 def pooled(x: Tensor, hw: tuple[int, int]) -> Tensor:
     """Maps (R,h·w) averaged to at most GRID × GRID cells."""
-    return F.adaptive_avg_pool2d(x.view(-1, 1, *hw), [min(side, GRID) for side in hw]).flatten(1)
+    return F.adaptive_avg_pool2d(x.view(-1, 1, *hw), (min(hw[0], GRID), min(hw[1], GRID))).flatten(1)
 
 
 def pooled_both(p: Tensor, hw: tuple[int, int]) -> Tensor:

@@ -35,7 +35,8 @@ class Pinned(NamedTuple):
 def _read() -> list[Pinned]:
     lines = Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").splitlines()[1:]
     rows = [line.split("\t") for line in lines]
-    return [Pinned(tuple(row[0].split(",")), *row[1:5], int(row[5]), row[6]) for row in rows]
+    return [Pinned(tuple(names.split(",")), folder, repository, revision, file, int(size), sha256)
+            for names, folder, repository, revision, file, size, sha256 in rows]
 
 
 PINNED = _read()

@@ -49,12 +49,12 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
 
 def parse_lam(text: str) -> Lambda:
     """"0.7", "linear:1:0.3" or "cosine:1:0" -> λ. Raises Problem."""
-    shapes = {"linear": Linear, "cosine": Cosine}
+    shapes: dict[str, type[Linear] | type[Cosine]] = {"linear": Linear, "cosine": Cosine}
     try:
         kind, *numbers = text.split(":")
         if kind in shapes:
             first, last = map(float, numbers)
-            value = shapes[kind](first, last)
+            value: Lambda = shapes[kind](first, last)
         else:
             first = last = value = float(text)
     except ValueError:
@@ -152,7 +152,8 @@ def _files(commands) -> None:
     p, groups = _command(commands, "fetch", "download the published weights, verify them, and say how to use them",
                          "isadca fetch sd15 ip-adapter --to weights")
     p.formatter_class = argparse.RawDescriptionHelpFormatter  # the names, unbroken
-    p.epilog += "\n\nNAME:\n" + "\n".join(f"  {name:22}{size / 1e9:5.2f} GB" for name, size in fetchable().items())
+    listed = [f"  {name:22}{size / 1e9:5.2f} GB" for name, size in fetchable().items()]
+    p.epilog = "\n".join([f"{p.epilog}\n", "NAME:", *listed])
     groups.basic.add_argument("names", nargs="+", metavar="NAME", help="all, or some of those below")
     groups.basic.add_argument("--to", type=Path, default="weights", metavar="FOLDER", help="(%(default)s)")
     _, groups = _command(commands, "convert", "a PyTorch pickle (.bin, .pth, .ckpt) to safetensors; for files you "

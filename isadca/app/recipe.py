@@ -67,7 +67,7 @@ def read_recipe(path: str | Path) -> dict:
     try:
         with Image.open(path, formats=("PNG",)) as file:
             file.load()
-            recipe = json.loads(file.text[RECIPE_KEY])
+            recipe = json.loads(file.info[RECIPE_KEY])
         if not isinstance(recipe, dict):
             raise ValueError
         return recipe

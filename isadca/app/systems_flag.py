@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields, replace
+from typing import Any
 
 from ..common.own_code import is_own
 from ..common.problem import Problem
@@ -34,14 +35,15 @@ def _parse(text: str) -> System:
     return System(text, text, replace(system.method, **values), code=system.code)
 
 
-def _field(change: str, text: str) -> tuple[str, object]:
+def _field(change: str, text: str) -> tuple[str, Any]:
     name, _, value = change.partition("=")
     name = name.strip().replace("-", "_")
     if name not in KNOBS:
         raise Problem(f"--systems has {text!r}, expected NAME:FIELD=VALUE;FIELD=VALUE, the fields being "
                       f"{', '.join(KNOBS)}")
     try:
-        return name, PARSERS.get(name, type(KNOBS[name].default))(value)
+        parse: Any = PARSERS.get(name, type(KNOBS[name].default))
+        return name, parse(value)
     except Problem:
         raise
     except Exception:  # int's, float's and argparse's
