@@ -141,7 +141,7 @@ def test_each_step_has_its_own_attention(demo, ref, data):
         if site.kind == "cross" and k.shape[2] == 32 and site.hw == (8, 8):
             seen.append(isadca.attention_probs(q[-1:], k[-1:])[0].mean(0)[:, 2])
         return isadca.attend(q, k, v, site)
-    sample(demo, ref, [Run("a lemon", Method(lam=LAM))], isadca.replay(demo, ref), kernel=kernel)
+    sample(demo, ref, [Run("a lemon", Method(lam=LAM))], replayed=isadca.replay(demo, ref), kernel=kernel)
     assert len(seen) == 6 * STEPS
     lemon = torch.stack(seen[-6:]).mean(0)
     shown = unpacked(data["attention"][-1]["levels"][1]["words"], 64)[1]
