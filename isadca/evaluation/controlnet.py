@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..attention import Attend, attend as plain_attend
 from ..common.images import fit, to_tensor
-from ..common.progress import Progress, silent
-from ..ddim import step
+from ..ddim import draw_noise
 from ..loop import decode, guide
 from ..networks.model import Model
 from ..networks.sizes import UNetConfig
@@ -63,19 +62,19 @@ class ControlNet(Descent):
 
 
 def restyle(model: Model, controlnet: ControlNet, image: Image.Image, prompt: str, steps: int = 50,
-            guidance: float = 7.0, seed: int = 0, progress: Progress = silent) -> Image.Image:
+            guidance: float = 7.0, seed: int = 0) -> Image.Image:
     """Text to image in the style of a picture, by DDIM: ControlNet Shuffle as its authors run it, with the hint
     shuffled, the residuals pooled, and nothing on the unconditional half."""
     device, side, latent = model.device, model.size, model.unet.config.sample_size
     hint = (to_tensor(shuffle_content(fit(image, side), seed, cell=side // 2)) + 1) / 2
     hint, context = hint.to(device, model.dtype), model.context(["", prompt])
-    z = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    z = z.to(device, model.latent_dtype)
-    for t, t_prev in progress(model.schedule.steps(steps), "sampling"):
-        x = z.to(model.dtype)
+    z = torch.empty(1, 4, latent, latent, device=device, dtype=model.latent_dtype)
+    z = draw_noise(z, torch.Generator().manual_seed(seed))
+    for stride in model.schedule.steps(steps):
+        x, t = z.to(model.dtype), stride.t
         residuals = on_text_half(controlnet(x, t, context[1:], hint, pooled=True))
-        eps = guide(model.unet(x.expand(2, -1, -1, -1), t, context, residuals=residuals).to(z.dtype).chunk(2), guidance)
-        z = step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev))
+        eps = model.unet(x.expand(2, -1, -1, -1), t, context, residuals=residuals).to(z.dtype)
+        z = model.schedule.step(z, guide(eps.chunk(2), guidance), stride)
     return decode(model, z)[0]
 
 

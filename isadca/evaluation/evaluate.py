@@ -18,18 +18,17 @@ from ..common.problem import Problem
 from ..common.progress import Progress, silent
 from ..loading.load import default_weights, load
 from ..networks.model import Model
-from .judge import METRICS, Judge, available_metrics
+from .judge import METRICS, Judge, lacks as metric_lacks
 from .pairs import Pair, check_pairs, read_pairs
 from .processes import join, own_device, wait_for_others
-from .results_csv import Numbers, to_csv
-from .results_folder import Item, check_settings, code_sha256, file_name, list_items, text_sha256
+from .results_csv import to_csv
+from .results_folder import Item, Numbers, check_settings, code_sha256, file_name, text_sha256
 from .results_grids import FIG_4, grid
 from .results_table import about_run, overhead, to_markdown
 from .system_values import fingerprint, system_of
-from .systems import Draw, System, available_systems, find_extra, make_draw
+from .systems import SYSTEMS, Draw, System, find_extra, lacks, make_draw
 
-DRAWING = ("*.py", "networks/*.py", "evaluation/[cip]*.py", "evaluation/systems.py")  # the code that makes pictures,
-MEASURING = ("evaluation/metrics.py", "evaluation/judge.py", "evaluation/clip_pair.py", "networks/clip.py")
+CODE = ("*.py", "networks/*.py", "evaluation/[!r]*.py")  # what makes pictures and numbers: all but results_*
 
 
 class Results(NamedTuple):
@@ -56,17 +55,20 @@ def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iter
     model = model or load(weights, device=own_device("auto"))
     model.schedule.steps(steps)  # refuses a bad number before the work
     folder = find_extra(weights, "metrics") or weights / "metrics"
-    chosen = [system_of(system) for system in _chosen(systems, *available_systems(model, weights), tell)]
-    metrics = _chosen(metrics, *available_metrics(folder), tell)
-    draws = {system: make_draw(system, model, weights, steps) for system in chosen}
+    if systems is None:
+        systems = _available({name: lacks(system, model, weights) for name, system in SYSTEMS.items()}, tell)
+    metrics = tuple(metrics or _available({name: metric_lacks(name, folder) for name in METRICS}, tell))
+    chosen = list(dict.fromkeys(map(system_of, systems)))
+    draws = {file_name(system.name): make_draw(system, model, weights, steps) for system in chosen}
+    if len(draws) < len(chosen):
+        raise Problem("two systems have the same name in files; give a Method another name")
     judge = Judge(metrics, folder, model.device)
-    _check_names(chosen)
     try:
         out.mkdir(exist_ok=True)
     except OSError as error:
         raise Problem(f"{out}: cannot be made or written ({error.strerror}); choose another -o") from None
     check_settings(out, describe(model, pairs, steps, ranks), hash_extras(weights, folder, chosen, metrics))
-    items = list_items(pairs, chosen, seeds)
+    items = list_items(pairs, chosen, tuple(seeds))
     _make([item for item in items if item.index % ranks == rank], draws, judge, out, model.size, progress, tell)
     wait_for_others()
     if rank:  # the first process reports
@@ -75,20 +77,18 @@ def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iter
     return write_results(items, metrics, out, about)
 
 
-def _chosen(asked: Iterable | None, there: tuple[str, ...], lacking: dict[str, str], tell: Callable) -> tuple:
-    """What was asked for; or all that can be had, and a note on the rest."""
-    if asked is not None:
-        return tuple(dict.fromkeys(asked))
-    if lacking:
-        tell(f"left out: {', '.join(f'{name} ({why})' for name, why in lacking.items())}; see weights/README.md")
-    return there
+def _available(lacking: dict[str, str], tell: Callable[[str], None]) -> list[str]:
+    """Those that lack nothing; and a note on the others."""
+    left_out = [f"{name} ({why})" for name, why in lacking.items() if why]
+    if left_out:
+        tell(f"left out: {', '.join(left_out)}; see weights/README.md")
+    return [name for name, why in lacking.items() if not why]
 
 
-def _check_names(systems: list[System]) -> None:
-    names = [file_name(system.name) for system in systems]
-    for name in names:
-        if names.count(name) > 1:
-            raise Problem(f"two systems would both be called {name}; give one of them another name")
+def list_items(pairs: list[Pair], systems: Iterable[System], seeds: tuple[int, ...]) -> list[Item]:
+    """Pair by pair. A system that gives every seed the same picture makes one."""
+    return [Item(i, pair, system, seed) for i, pair in enumerate(pairs) for system in systems
+            for seed in (seeds[:1] if system.deterministic else seeds)]
 
 
 def describe(model: Model, pairs: list[Pair], steps: int, ranks: int) -> dict[str, str | int]:
@@ -114,40 +114,28 @@ def hash_extras(weights: Path, metrics_folder: Path, systems: list[System], metr
             if path.suffix in (".safetensors", ".json", ".txt")}
 
 
-def _make(items: list[Item], draws: dict[System, Draw], judge: Judge, out: Path, size: int, progress: Progress,
+def _make(items: list[Item], draws: dict[str, Draw], judge: Judge, out: Path, size: int, progress: Progress,
           tell: Callable[[str], None]) -> None:
     """Make and measure what is not there, was made by other code, or is damaged."""
-    drawing, measuring = code_sha256(DRAWING), code_sha256(MEASURING)
-    made_by = {system: text_sha256(drawing + fingerprint(system)) for system in draws}
-
-    def is_made(item: Item) -> bool:
-        return item.numbers(out).get("made_by") == made_by[item.system] and item.load(out, size) is not None
-
-    def is_measured(item: Item) -> bool:
-        numbers = item.numbers(out)
-        return numbers.get("measured_by") == measuring and set(judge.names) <= numbers.keys()
-
-    made = {item for item in items if is_made(item)}
-    todo = [item for item in items if not (item in made and is_measured(item))]
-    other = sum(bool(item.numbers(out)) and item not in made for item in items)
-    if other:
+    code = code_sha256(CODE)
+    made_by = {item.system: text_sha256(code + fingerprint(item.system)) for item in items}
+    stale = {item for item in items if item.load(out, size, made_by[item.system]) is None}
+    todo = [item for item in items if item in stale or not {"seconds", *judge.names} <= item.numbers(out).keys()]
+    if other := sum(item.picture(out).exists() for item in stale):
         tell(f"{other} of {len(items)} variations were made by other code or are damaged; they are made again")
     for item in progress(todo, f"variations ({len(items) - len(todo)} of {len(items)} there)"):
-        original = load_image(item.pair.reference)
-        reference, path = fit(original, size), item.picture(out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if item in made:
-            variation, numbers = item.load(out, size), item.numbers(out)
-        else:
+        original, path, digest = load_image(item.pair.reference), item.picture(out), made_by[item.system]
+        reference, numbers = fit(original, size), item.numbers(out)
+        variation = None if item in stale or "seconds" not in numbers else item.load(out, size, digest)
+        if variation is None:
             began = time.perf_counter()
-            variation = draws[item.system](original, item.pair.prompt, item.seed)
-            numbers = {"made_by": made_by[item.system], "seconds": time.perf_counter() - began}
+            variation = draws[file_name(item.system.name)](original, item.pair.prompt, item.seed)
+            numbers = {"seconds": time.perf_counter() - began}
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_png(reference, path.with_name("reference.png"))
             save_png(variation, path)
-        if numbers.get("measured_by") != measuring:
-            numbers = {key: numbers[key] for key in ("made_by", "seconds")} | {"measured_by": measuring}
         numbers |= judge(variation, reference, item.pair.prompt)
-        save_text(json.dumps(numbers) + "\n", path.with_suffix(".json"))
+        save_text(json.dumps({"made_by": digest} | numbers) + "\n", path.with_suffix(".json"))
 
 
 def write_results(items: list[Item], metrics: tuple[str, ...], out: Path, about: str) -> Results:

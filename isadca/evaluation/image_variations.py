@@ -5,6 +5,7 @@ Its whole context is one token, the picture's projected CLIP ViT-L/14 embedding;
 Reference: lambdalabs/sd-image-variations-diffusers. Shapes: B rows, P projection width.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..common.images import CLIP_MEAN, CLIP_STD
-from ..common.progress import Progress, silent
-from ..ddim import step
-from ..loop import decode, guide
+from ..common.images import CLIP_MEAN, CLIP_STD, fit
+from ..loop import Run, decode, sample
+from ..methods import PRESETS
 from ..networks.model import Model
+from ..reference import Reference
 
 
 def squash_pixels(image: Image.Image, size: int) -> Tensor:
@@ -29,16 +30,18 @@ def squash_pixels(image: Image.Image, size: int) -> Tensor:
     return (x - mean) / std
 
 
-def vary_image(model: Model, image: Image.Image, steps: int = 50, guidance: float = 3.0, seeds: tuple[int, ...] = (0,),
-               progress: Progress = silent) -> list[Image.Image]:
-    """Variations of a picture, one per seed, by DDIM. `model` is that repository's folder: it needs no text encoder."""
-    device, side = model.device, model.unet.config.sample_size
+def vary_image(model: Model, image: Image.Image, steps: int = 50, guidance: float = 3.0,
+               seeds: tuple[int, ...] = (0,)) -> list[Image.Image]:
+    """Variations of a picture, one per seed. `model` is that repository's folder: it needs no text encoder."""
     vision: Any = model.vision  # the loader saw to it
-    embed = vision(squash_pixels(image, vision.config.image_size).to(device, model.dtype))[0][:, None]
-    context = torch.cat([torch.zeros_like(embed), embed]).repeat_interleave(len(seeds), 0)  # (2·B,1,P)
-    z = torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-                   for seed in seeds]).to(device, model.latent_dtype)
-    for t, t_prev in progress(model.schedule.steps(steps), "sampling"):
-        eps = guide(model.noise(z.repeat(2, 1, 1, 1), t, context).chunk(2), guidance)
-        z = step(z, eps, model.schedule.alpha_bar(t), model.schedule.alpha_bar(t_prev))
+    seen = vision(squash_pixels(image, vision.config.image_size).to(model.device, model.dtype))[0]  # (1,P): one token
+    run = Run(seen, replace(PRESETS["plain"], guidance=guidance), seeds, torch.zeros_like(seen))
+    [z] = sample(model, without_inversion(model, image, steps), [run], replayed=[None] * steps)
     return decode(model, z)
+
+
+def without_inversion(model: Model, image: Image.Image, steps: int) -> Reference:
+    """For a method that starts at noise and looks at no keys and values of the reference."""
+    side = model.unet.config.sample_size
+    chain = torch.zeros(steps + 1, 4, side, side, device=model.device, dtype=model.latent_dtype)
+    return Reference(fit(image, model.size), chain, original=image)

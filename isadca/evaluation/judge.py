@@ -25,11 +25,9 @@ METRICS = {"lpips-alex": ("LPIPS (alex)", False, ("alex.safetensors", "lpips-ale
            "clipscore": ("CLIPScore", True, ("clip",))}
 
 
-def available_metrics(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The metrics whose weights are in the folder, and why each of the others cannot be had."""
-    lacking = {name: f"{folder / file} is not there" for name, (_, _, files) in METRICS.items() for file in files
-               if not (folder / file).exists()}
-    return tuple(name for name in METRICS if name not in lacking), lacking
+def lacks(metric: str, folder: Path) -> str:
+    """Why a metric cannot be had; empty where it can."""
+    return next((f"{folder / file}: no such file" for file in METRICS[metric][2] if not (folder / file).exists()), "")
 
 
 class Judge:
@@ -41,10 +39,9 @@ class Judge:
         for name in names:
             if name not in METRICS:
                 raise Problem(f"metric is {name!r}, expected one of {', '.join(METRICS)}")
-            for file in METRICS[name][2]:
-                if not (folder / file).exists():
-                    raise Problem(f"{folder / file}: no such file, which the metric {name} needs; see "
-                                  "weights/README.md for where people get it, or leave it out of --metrics")
+            if why := lacks(name, folder):
+                raise Problem(f"{why}, which the metric {name} needs; see weights/README.md for where people get it, "
+                              "or leave it out of --metrics")
         self._distances: dict[str, Callable] = {}
         for kind in ("alex", "vgg"):
             if f"lpips-{kind}" in names:

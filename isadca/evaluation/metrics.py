@@ -23,15 +23,11 @@ from ..loading.checkpoints import read_header
 Weights = dict[str, Tensor]
 
 
-# ---- PSNR ------------------------------------------------------------------------------------------------------
-
 def psnr(a: Image.Image, b: Image.Image) -> float:
     """Peak signal-to-noise ratio of two 8-bit pictures, in dB; inf for equal ones."""
     mse = np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2)
     return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))
 
-
-# ---- SSIM ------------------------------------------------------------------------------------------------------
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity: 11×11 Gaussian window of σ = 1.5 wherever it fits, K₁ = 0.01, K₂ = 0.03, biased moments.
@@ -56,8 +52,6 @@ def luma(x: Tensor) -> Tensor:
     """(B,3,H,W) -> (B,1,H,W), BT.601's weights."""
     return (x * torch.tensor((0.299, 0.587, 0.114), device=x.device, dtype=x.dtype).view(3, 1, 1)).sum(1, keepdim=True)
 
-
-# ---- LPIPS -----------------------------------------------------------------------------------------------------
 
 class Conv(NamedTuple):
     """A convolution and its ReLU: the number in torchvision's `features`, and how it moves."""
@@ -106,8 +100,6 @@ def _unit(f: Tensor) -> Tensor:
     return f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
-# ---- SIFID -----------------------------------------------------------------------------------------------------
-
 INCEPTION: list[Any] = [  # name, stride, padding
     ("Conv2d_1a_3x3", 2, 0), ("Conv2d_2a_3x3", 1, 0), ("Conv2d_2b_3x3", 1, 1), POOL,
     ("Conv2d_3b_1x1", 1, 0), ("Conv2d_4a_3x3", 1, 0)]
@@ -145,8 +137,6 @@ def frechet(f: Tensor, g: Tensor) -> Tensor:
     return (f.mean(1) - g.mean(1)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross
 
 
-# ---- CLIP ------------------------------------------------------------------------------------------------------
-
 CAPTION = "A photo depicts {}"  # CLIPScore's prefix
 
 
@@ -159,8 +149,6 @@ def clip_score(image: Tensor, caption: Tensor) -> Tensor:
     """2.5 · max(cos, 0) of a picture's embedding and that of its caption under the prefix `CAPTION`."""
     return 2.5 * clip_similarity(image, caption).clamp(min=0)
 
-
-# ---- weights ---------------------------------------------------------------------------------------------------
 
 def trunk_keys(kind: str) -> list[str]:
     """What a weights file of this kind must hold: "alex", "vgg", "alex heads", "vgg heads", "inception"."""

@@ -101,8 +101,6 @@ def attention_mask(text_mask: Tensor) -> Tensor:
     return -1e4 * (later + (~own)[:, None, None, :].float())
 
 
-# ---- UnCLIP's sampler --------------------------------------------------------------------------------------------
-
 TRAIN_STEPS = 1000
 
 

@@ -2,11 +2,8 @@
 
 import csv
 import io
-from typing import Any
 
-from .results_folder import Item
-
-Numbers = dict[Item, dict[str, Any]]  # figures by metric, and which code made them
+from .results_folder import Numbers
 
 
 def to_csv(numbers: Numbers, metrics: tuple[str, ...]) -> str:
@@ -14,7 +11,7 @@ def to_csv(numbers: Numbers, metrics: tuple[str, ...]) -> str:
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["pair", "reference", "prompt", "system", "seed", *metrics, "seconds"])
     for item, found in numbers.items():
-        words = [as_text(word) for word in (item.pair.reference.name, item.pair.prompt, item.system.name)]
+        words = map(as_text, (item.pair.reference.name, item.pair.prompt, item.system.name))
         table.writerow([item.index, *words, item.seed, *(f"{found[key]:.6g}" for key in (*metrics, "seconds"))])
     return out.getvalue()
 

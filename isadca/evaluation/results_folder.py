@@ -34,33 +34,26 @@ class Item(NamedTuple):
     def picture(self, results: Path) -> Path:
         return results / "pictures" / f"{self.index:04d}" / f"{file_name(self.system.name)}-{self.seed}.png"
 
-    def load(self, results: Path, size: int) -> Image.Image | None:
-        """The variation, if it is there, whole, and of the right size."""
+    def load(self, results: Path, size: int, made_by: str) -> Image.Image | None:
+        """The variation, if it is there, whole, of the right size, and what `made_by` makes."""
         try:
             image = load_image(self.picture(results))
         except Problem:
             return None
-        return image if image.size == (size, size) else None
-
-    def numbers(self, results: Path) -> dict[str, float | str]:
-        """What is known of it: its seconds, its scores, and the code behind them; empty where it has to be made."""
         found = read_json(self.picture(results).with_suffix(".json"))
-        fine = all(isinstance(value, str) if key.endswith("_by") else is_number(value) for key, value in found.items())
-        return found if fine and "seconds" in found else {}
+        return image if image.size == (size, size) and found.get("made_by") == made_by else None
+
+    def numbers(self, results: Path) -> dict[str, float]:
+        """Its seconds and its scores, as far as they are known."""
+        found = read_json(self.picture(results).with_suffix(".json"))
+        return {key: value for key, value in found.items() if type(value) is float and math.isfinite(value)}
 
 
-def list_items(pairs: list[Pair], systems: Iterable[System], seeds: tuple[int, ...]) -> list[Item]:
-    """Pair by pair. A system that gives every seed the same picture makes one."""
-    return [Item(i, pair, system, seed) for i, pair in enumerate(pairs) for system in systems
-            for seed in (seeds[:1] if system.deterministic else seeds)]
+Numbers = dict[Item, dict[str, float]]
 
 
 def file_name(system: str) -> str:
     return re.sub(r"[^\w.=+-]", "_", system)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_json(path: Path) -> dict:
@@ -77,12 +70,11 @@ def check_settings(results: Path, settings: dict[str, str | int], extras: dict[s
     `settings`. The files of `extras`, the other systems' and the metrics', may come later; none may change."""
     path = results / "settings.json"
     if path.exists():
-        before = read_json(path)
-        had, had_extras = before.get("settings"), before.get("extras")
+        had, had_extras = (read_json(path).get(key) for key in ("settings", "extras"))
         if not (isinstance(had, dict) and isinstance(had_extras, dict)):
             raise Problem(f"{path}: is damaged, or of another version of isadca; choose another -o")
-        changed = [key for key in {**had, **settings} if had.get(key) != settings.get(key)]
-        changed += [key for key in extras if had_extras.get(key, extras[key]) != extras[key]]
+        changed = [key for key in had | settings if had.get(key) != settings.get(key)]
+        changed += [key for key in extras.keys() & had_extras if had_extras[key] != extras[key]]
         if changed:
             raise Problem(f"{results}: was begun with other {', '.join(changed)[:150]}; choose another -o for a new "
                           "experiment")
@@ -91,7 +83,7 @@ def check_settings(results: Path, settings: dict[str, str | int], extras: dict[s
 
 
 def code_sha256(patterns: Iterable[str]) -> str:
-    """Of the package's own source, comments and layout apart: who edits a file gets new numbers."""
+    """Of the package's own source, comments and layout apart: who edits it gets new pictures and numbers."""
     paths = sorted(path for pattern in patterns for path in PACKAGE.glob(pattern))
     return text_sha256("\n".join(ast.dump(ast.parse(path.read_bytes())) for path in paths))
 

@@ -30,7 +30,5 @@ def grid(items: list[Item], systems: list[System], results: Path, upright: bool 
 def spread(items: list[Item]) -> list[Item]:
     """One item of each pair to show: the first of every reference, then more."""
     firsts = list({item.index: item for item in reversed(items)}.values())[::-1]
-    by_reference = {item.pair.reference: item for item in reversed(firsts)}
-    chosen = list(by_reference.values())[::-1][:SHOWN]
-    rest = [item for item in firsts if item not in chosen]
-    return (chosen + rest)[:SHOWN]
+    of_reference = {item.pair.reference: item for item in reversed(firsts)}
+    return sorted(firsts, key=lambda item: of_reference[item.pair.reference] is not item)[:SHOWN]

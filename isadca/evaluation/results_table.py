@@ -10,8 +10,8 @@ import torch
 from ..loading.load import default_weights
 from ..networks.model import Model
 from .judge import METRICS
-from .results_csv import Numbers
-from .results_folder import Item
+
+from .results_folder import Item, Numbers
 from .systems import System
 
 

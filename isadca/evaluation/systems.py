@@ -8,19 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from ..common.images import fit
 from ..common.problem import Problem
 from ..loading.checkpoints import load_into
-from ..loading.load import build, find_part
+from ..loading.load import build, find, find_part, folder_of
 from ..loop import vary
 from ..methods import ISADCA, PRESETS, Method
 from ..networks.model import Model
-from ..reference import Reference, invert
+from ..reference import invert
 from .controlnet import restyle
-from .image_variations import vary_image
+from .image_variations import vary_image, without_inversion
 from .load_others import load_controlnet, load_image_variations, load_prior
 from .prior import embed_prompt
 
@@ -57,8 +55,7 @@ def isadca_with_prior(folder: Path, model: Model, weights: Path, steps: int) -> 
     """The ablation of Fig. 4, row 4: DCA sees the image embedding that the prior expects of the prompt."""
     prior, encoder, tokenizer = load_prior(folder, model.dtype, model.device)
     if model.ip_adapter is None or model.ip_adapter.embed_dim != prior.config.embed_dim:
-        path = next((found for name in ("ip-adapter_sd15_vit-G.safetensors", "models/ip-adapter_sd15_vit-G.safetensors")
-                     if (found := find_extra(weights, name))), None)
+        path = find_extra(weights, "ip-adapter_sd15_vit-G.safetensors")
         if path is None:
             raise Problem(f"{weights}: the prior's embeddings are {prior.config.embed_dim} wide and need an IP-Adapter "
                           "that reads them; put ip-adapter_sd15_vit-G.safetensors in it or beside it")
@@ -71,13 +68,10 @@ def isadca_with_prior(folder: Path, model: Model, weights: Path, steps: int) -> 
     return draw
 
 
-def _at_seven(name: str) -> Method:
-    return replace(PRESETS[name], guidance=7.0)
-
-
 SYSTEMS = {system.name: system for system in [  # what is compared unless told otherwise
-    System("rival", "RIVAL", _at_seven("rival"), paper=(0.4488, 0.5851, 0.0133, 0.8772)),
-    System("ip-adapter", "IP-Adapter", _at_seven("ip-adapter"), paper=(0.5329, 0.2390, 0.0228, 0.7526)),
+    System("rival", "RIVAL", replace(PRESETS["rival"], guidance=7.0), paper=(0.4488, 0.5851, 0.0133, 0.8772)),
+    System("ip-adapter", "IP-Adapter", replace(PRESETS["ip-adapter"], guidance=7.0),
+           paper=(0.5329, 0.2390, 0.0228, 0.7526)),
     System("image-variations", "SD image-variations", image_variations, "image-variations",
            (0.6401, 0.5248, 0.0212, 0.8545)),
     System("controlnet-shuffle", "ControlNet Shuffle", controlnet_shuffle, "controlnet-shuffle",
@@ -91,19 +85,16 @@ SYSTEMS = {system.name: system for system in [  # what is compared unless told o
 
 def find_extra(weights: Path, name: str) -> Path | None:
     """What a system or a metric needs beyond the model: `name` in the weights folder or beside it."""
-    folder = weights if weights.is_dir() else weights.parent
-    return next((root / name for root in (folder, folder.parent) if (root / name).exists()), None)
+    folder = folder_of(weights)
+    return find(name, folder, folder / "models", folder.parent)
 
 
-def available_systems(model: Model, weights: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The names of the systems whose weights are there, and what each of the others lacks."""
-    lacking = {}
-    for name, system in SYSTEMS.items():
-        if system.needs and not find_extra(weights, system.needs):
-            lacking[name] = f"no {system.needs} in {weights} or beside it"
-        elif isinstance(system.method, Method) and system.method.wants_image and model.ip_adapter is None:
-            lacking[name] = "no IP-Adapter"
-    return tuple(name for name in SYSTEMS if name not in lacking), lacking
+def lacks(system: System, model: Model, weights: Path) -> str:
+    """Why a system cannot be had; empty where it can."""
+    if system.needs and not find_extra(weights, system.needs):
+        return f"has no {system.needs} in it or beside it"
+    wants_image = isinstance(system.method, Method) and system.method.wants_image
+    return "has no IP-Adapter" if wants_image and model.ip_adapter is None else ""
 
 
 def make_draw(system: System, model: Model, weights: Path, steps: int = 50) -> Draw:
@@ -113,7 +104,7 @@ def make_draw(system: System, model: Model, weights: Path, steps: int = 50) -> D
         return lambda image, prompt, seed: _vary(method, model, image, prompt, seed, steps)
     folder = find_extra(weights, system.needs)
     if folder is None:
-        raise Problem(f"{weights}: has no {system.needs} in it or beside it, which the system {system.name} needs; see "
+        raise Problem(f"{weights}: {lacks(system, model, weights)}, which the system {system.name} needs; see "
                       "weights/README.md, or leave it out of --systems")
     return system.method(folder, model, weights, steps)
 
@@ -121,10 +112,6 @@ def make_draw(system: System, model: Model, weights: Path, steps: int = 50) -> D
 def _vary(method: Method, model: Model, image: Image.Image, prompt: str, seed: int, steps: int,
           **options) -> Image.Image:
     """One variation from nothing: the reference is inverted where the method uses it."""
-    if method.init == "random" and not method.wants_reference(1000, 1000):
-        side = model.unet.config.sample_size
-        blank = torch.zeros(steps + 1, 4, side, side, device=model.device)
-        ref = Reference(fit(image, model.size), blank.to(model.latent_dtype), original=image)
-    else:
-        ref = invert(model, image, steps)
+    wants_inversion = method.init != "random" or method.wants_reference(1000, 1000)
+    ref = invert(model, image, steps) if wants_inversion else without_inversion(model, image, steps)
     return vary(model, ref, prompt, method, (seed,), **options)[0]

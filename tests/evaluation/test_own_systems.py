@@ -143,5 +143,5 @@ def test_from_python_in_one_call(pairs, demo, tmp_path):
     assert [(item.system.name, item.seed) for item in results.numbers] == [("rival", 0), ("isadca:lam=0.3", 0)]
     assert all(0 < numbers["ssim"] < 1 for numbers in results.numbers.values())
     assert seen[0] == "variations (0 of 2 there)"
-    with pytest.raises(Problem, match="two systems would both be called a_b"):
+    with pytest.raises(Problem, match="two systems have the same name"):
         isadca.evaluate(pairs, [Method("a b"), Method("a_b", lam=1)], ["ssim"], tmp_path / "r", demo, steps=1)

@@ -134,9 +134,11 @@ def test_image_variations_see_the_whole_picture(demo, cat):
 
 
 def test_what_is_missing_is_named(demo, tmp_path):
-    there, lacking = systems.available_systems(replace(demo, ip_adapter=None), tmp_path)
-    assert there == ("rival",) and set(lacking) == set(systems.SYSTEMS) - {"rival"}
-    assert systems.available_systems(demo, DEMO) == (tuple(systems.SYSTEMS), {})
+    lacking = {name: systems.lacks(system, replace(demo, ip_adapter=None), tmp_path)
+               for name, system in systems.SYSTEMS.items()}
+    assert [name for name, why in lacking.items() if not why] == ["rival"]
+    assert lacking["isadca"] == "has no IP-Adapter" and lacking["isadca-prior"].startswith("has no prior in it")
+    assert not any(systems.lacks(system, demo, DEMO) for system in systems.SYSTEMS.values())
     with pytest.raises(Problem, match="has no controlnet-shuffle in it or beside it.*weights/README.md"):
         draws("controlnet-shuffle", demo, tmp_path)
     with pytest.raises(Problem, match="system is 'dalle', expected one of rival, ip-adapter"):
