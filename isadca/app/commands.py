@@ -53,7 +53,8 @@ def _vary(session: Session, picture: Picture, method: Method, outs: dict[int, Pa
     """The pictures of one reference, one a seed. In a folder what is there is kept."""
     args, began = session.args, perf_counter()
     session.picture, args.ref = picture, str(picture.path)
-    recipes = {seed: session.recipe(n=1, seed=seed, diversity=method.diversity) for seed in outs}
+    recipes = {seed: session.recipe(n=1, seed=seed, diversity=method.diversity) | {"batch": len(outs)}
+               for seed in outs}
     if folder:
         outs = {seed: path for seed, path in outs.items() if not _there(path, recipes[seed], args.overwrite)}
     if not outs:

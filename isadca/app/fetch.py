@@ -103,12 +103,42 @@ def _download(item: Pinned, part: Path) -> None:
                       "HF_ENDPOINT and proxies")
     part.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab") as file:
+        _lock(file, part)
         if file.tell() > item.size:
             file.seek(0)
             file.truncate()
+        if file.tell() == item.size:
+            return
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # the bytes that are counted and resumed
-        http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=item.size,
+        http_get(url, Bounded(file, item), resume_size=file.tell(), headers=headers, expected_size=item.size,
                  displayed_filename=item.file)
+
+
+class Bounded:
+    """A file that takes no more than the pinned bytes, whatever a server sends."""
+
+    def __init__(self, file, item: Pinned):
+        self.file, self.item = file, item
+
+    def write(self, block: bytes) -> int:
+        if self.file.tell() + len(block) > self.item.size:
+            raise Problem(f"{self.item.repository}/{self.item.file}: more came than the {self.item.size} pinned bytes; "
+                          "look at HF_ENDPOINT and proxies")
+        return self.file.write(block)
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+def _lock(file, part: Path) -> None:
+    """Two fetches at once would spoil one .part. Where the system has no such locks, nothing is done."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return
+    except BlockingIOError:
+        raise Problem(f"{part}: another isadca fetch writes it; wait for that one, then fetch again") from None
 
 
 def _differs(item: Pinned, path: Path) -> str:

@@ -115,6 +115,16 @@ def differing(before: dict, hashes: dict[str, str]) -> str | None:
     return next((part for part in parts if before.get(part) != hashes.get(part)), None)
 
 
+def made_elsewhere(recipe: dict, now: dict) -> str:
+    """What else can move a pixel by a grey level where it is another: the order of additions depends on it."""
+    was = {name: recipe.get(name) for name in ("device", "dtype", "threads", "batch")}
+    if isinstance(recipe.get("versions"), dict):
+        was["torch"] = recipe["versions"].get("torch")
+    here = now | {"torch": now["versions"]["torch"]}
+    return ", ".join(f"{name} {value}, here {here.get(name)}" for name, value in was.items()
+                     if value not in (None, here.get(name)))
+
+
 def check_same(recipe: dict, source: Path, reference: Path, reference_sha256: str, hashes: dict[str, str]) -> None:
     """Raise Problem where the reference or anything else is not what made the picture."""
     if recipe.get("reference_sha256") != reference_sha256:

@@ -71,6 +71,8 @@ class Session:
         args.ref = str(picture.path)
         if source := getattr(args, "recipe_source", None):
             recipes.check_same(source, args.recipe, picture.path, picture.sha256, self.hashes)
+            if other := recipes.made_elsewhere(source, self.recipe() | {"batch": args.n}):
+                note(f"{args.recipe} was made with {other}: a pixel may differ by one grey level")
         if picture.image is None:
             self.ref = self._saved()
         else:

@@ -151,8 +151,8 @@ def test_reconstruct_reports_the_psnr(isadca_cli):
 
 def test_inspect_and_methods(isadca_cli):
     code, out, _ = isadca_cli("inspect", DEMO)
-    assert code == 0 and [line.split(": ")[1].split(",")[0] for line in out] == ["unet", "vae", "text", "vision",
-                                                                                 "ip_adapter"]
+    assert code == 0 and [line.split(": ")[1].split(",")[0] for line in out] == ["unet", "vae", "text", "ip_adapter",
+                                                                                 "vision"]
     code, out, err = isadca_cli("inspect", DEMO / "unet" / "diffusion_pytorch_model.safetensors", CAT)
     assert code == 2 and len(out) == 1 and CAT in err and err.count("\n") == 1
     code, out, _ = isadca_cli("methods")
