@@ -24,18 +24,22 @@ from .session import Picture, Session, method_of, seeds_of
 
 def vary(args: Namespace) -> None:
     seeds = seeds_of(args)
-    method = method_of(args, None if args.lam is None else parse_lam(args.lam))
-    if args.log and args.log.exists():
+    lam = None if args.lam is None else parse_lam(args.lam)
+    if args.log:
         writable(args.log, args.log.suffix.lower(), args, "--log")
-    if not args.out.is_dir():
-        [ref] = _one(args.refs, args.out)
-        outs = _numbered(args, args.out, seeds)
-        picture = Picture(ref, args.fit)
-        return _vary(Session(args), picture, method, dict(zip(seeds, outs)))
-    failed, refs = 0, _in_folders(args.refs)
+    if args.out.is_dir():
+        return _vary_all(args, _in_folders(args.refs), method_of(args, lam), seeds)
+    [ref] = _one(args.refs, args.out)
+    outs = _numbered(args, args.out, seeds)
+    method, picture = method_of(args, lam), Picture(ref, args.fit)
+    _vary(Session(args), picture, method, dict(zip(seeds, outs)))
+
+
+def _vary_all(args: Namespace, refs: list[str], method: Method, seeds: tuple[int, ...]) -> None:
+    """One load of the model and one bar for all; a reference that fails is named, and the others go on."""
     if args.grid:
         raise Problem("--grid is of one reference; leave it out for a folder")
-    session = Session(args)
+    failed, session = 0, Session(args)
     bar, args.quiet = session.progress(refs, "pictures"), True
     for ref in bar:
         try:

@@ -127,13 +127,13 @@ class Session:
 
 def method_of(args: Namespace, lam=None) -> Method:
     """The preset, or the user's own method, with the flags that were given; its code's sha256 in `args.own_code`."""
-    args.own_code, args.method = {}, args.method or Method.name
+    args.own_code, args.method = {}, Method.name if args.method is None else args.method
     if is_own(args.method):
         method, args.own_code["--method"] = own_method(args.method)
     else:
         method = method_named(args.method)
-    if attend := getattr(args, "attend", None):
-        own, args.own_code["--attend"] = own_method(attend, "--attend")
+    if getattr(args, "attend", None) is not None:
+        own, args.own_code["--attend"] = own_method(args.attend, "--attend")
         method = replace(method, mix=own.mix)
     given = {field.name: getattr(args, field.name) for field in fields(Method)
              if "help" in field.metadata and field.name != "lam" and getattr(args, field.name) is not None}

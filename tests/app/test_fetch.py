@@ -46,7 +46,8 @@ class Handler(BaseHTTPRequestHandler):
         start = int(self.headers["Range"].removeprefix("bytes=").partition("-")[0]) if "Range" in self.headers else 0
         content = (content or b"")[start:]
         self.send_response(206 if start and status == 200 else status)
-        self.send_header("Content-Length", str(len(content)))
+        if not (body and hub.endless):
+            self.send_header("Content-Length", str(len(content)))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{start + len(content) - 1}/{start + len(content)}")
         self.send_header("X-Repo-Commit", COMMIT)
@@ -57,6 +58,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.down = len(sent) < len(content)
             hub.served.append((self.path, start, len(sent), self.headers["Authorization"]))
             self.wfile.write(sent)
+            for _ in range(100 if hub.endless else 0):
+                self.wfile.write(bytes(100_000))
 
     def log_message(self, *args):
         pass
@@ -66,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
 def hub(monkeypatch):
     """A server; `files` by address, and its faults."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state = SimpleNamespace(files={}, status=None, down=False, drop_after=None, served=[],
+    state = SimpleNamespace(files={}, status=None, down=False, endless=False, drop_after=None, served=[],
                             url=f"http://127.0.0.1:{server.server_port}")
     for item, content in [(UNET, WEIGHTS), (UNET_CONFIG, CONFIG)]:
         state.files[f"/{item.repository}/resolve/{item.revision}/{item.file}"] = content
@@ -293,3 +296,19 @@ def test_what_is_fetched_is_found_by_vary(tmp_path):
     assert step("sd15-single") == f"{weights}/v1-5-pruned-emaonly.safetensors"
     (sd15 / "v1-5-pruned-emaonly.safetensors").unlink()
     assert step("ip-adapter") == f"isadca fetch sd15 --to {tmp_path}"
+
+
+def test_a_server_that_never_ends_fills_no_disk(hub, run, tmp_path):
+    """Without a Content-Length, as some proxies answer."""
+    hub.endless = True
+    fails(run, "bytes", "look at HF_ENDPOINT and proxies")
+    assert sum(files(tmp_path).values()) <= len(WEIGHTS) + len(CONFIG)
+
+
+def test_two_fetches_at_once_do_not_mix(hub, run, tmp_path):
+    part = tmp_path / "w" / "sd15" / "unet" / "model.safetensors.part"
+    part.parent.mkdir(parents=True)
+    with open(part, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        fails(run, "model.safetensors.part: another isadca fetch writes it; wait for that one, then fetch again")
+    assert run()[0] == 0
