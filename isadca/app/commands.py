@@ -27,7 +27,8 @@ def vary(args: Namespace) -> None:
     lam = None if args.lam is None else parse_lam(args.lam)
     if args.log:
         writable(args.log, args.log.suffix.lower(), args, "--log")
-    if args.out.is_dir():
+    several = len(args.refs) > 1 or Path(args.refs[0]).is_dir()
+    if args.out.is_dir() or several and not args.out.suffix:
         return _vary_all(args, _in_folders(args.refs), method_of(args, lam), seeds)
     [ref] = _one(args.refs, args.out)
     outs = _numbered(args, args.out, seeds)
@@ -40,6 +41,7 @@ def _vary_all(args: Namespace, refs: list[str], method: Method, seeds: tuple[int
     if args.grid:
         raise Problem("--grid is of one reference; leave it out for a folder")
     failed, session = 0, Session(args)
+    args.out.mkdir(exist_ok=True)
     bar, args.quiet = session.progress(refs, "pictures"), True
     for ref in bar:
         try:
@@ -81,9 +83,8 @@ def _one(refs: list[str], out: Path) -> list[str]:
     """The reference, where a single one is asked for."""
     if len(refs) == 1 and not Path(refs[0]).is_dir():
         return refs
-    raise Problem(f"{out}: is no folder, but REF names a folder or several pictures; make the folder first"
-                  if out.suffix != ".png" else f"{out}: is one file, but REF is {', '.join(refs)}; give one REF and a "
-                  "PROMPT in quotes, or an existing folder with -o")
+    raise Problem(f"{out}: is one file, but REF is {', '.join(refs)}; give one REF and a PROMPT in quotes, or a folder "
+                  "with -o")
 
 
 def _in_folders(refs: list[str]) -> list[str]:
