@@ -19,7 +19,7 @@ from ..common.progress import Progress, silent
 from ..loading.load import default_weights, load
 from ..networks.model import Model
 from .judge import METRICS, Judge, lacks as metric_lacks
-from .pairs import Pair, check_pairs, read_pairs
+from .pairs import Pair, read_pairs
 from .processes import join, own_device, wait_for_others
 from .results_csv import to_csv
 from .results_folder import Item, Numbers, check_settings, code_sha256, file_name, text_sha256
@@ -48,31 +48,23 @@ def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iter
     Raises Problem.
     """
     rank, ranks = join()
-    weights, out = Path(weights) if weights else default_weights(), Path(out)
-    where = str(pairs) if isinstance(pairs, (str, Path)) else f"[{len(pairs)} pairs]"
-    pairs = (read_pairs(pairs) if isinstance(pairs, (str, Path)) else
-             check_pairs([Pair(Path(reference), prompt) for reference, prompt in pairs], "pairs"))
+    weights, out, listed = Path(weights) if weights else default_weights(), Path(out), read_pairs(pairs)
     model = model or load(weights, device=own_device("auto"))
     model.schedule.steps(steps)  # refuses a bad number before the work
     folder = find_extra(weights, "metrics") or weights / "metrics"
     if systems is None:
         systems = _available({name: lacks(system, model, weights) for name, system in SYSTEMS.items()}, tell)
     metrics = tuple(metrics or _available({name: metric_lacks(name, folder) for name in METRICS}, tell))
-    chosen = list(dict.fromkeys(map(system_of, systems)))
-    draws = {file_name(system.name): make_draw(system, model, weights, steps) for system in chosen}
-    if len(draws) < len(chosen):
-        raise Problem("two systems have the same name in files; give a Method another name")
+    chosen = distinct(map(system_of, systems))
+    draws = {system: make_draw(system, model, weights, steps) for system in chosen}
     judge = Judge(metrics, folder, model.device)
-    try:
-        out.mkdir(exist_ok=True)
-    except OSError as error:
-        raise Problem(f"{out}: cannot be made or written ({error.strerror}); choose another -o") from None
-    check_settings(out, describe(model, pairs, steps, ranks), hash_extras(weights, folder, chosen, metrics))
-    items = list_items(pairs, chosen, tuple(seeds))
+    check_settings(out, describe(model, listed, steps, ranks), hash_extras(weights, folder, chosen, metrics))
+    items = list_items(listed, chosen, tuple(seeds))
     _make([item for item in items if item.index % ranks == rank], draws, judge, out, model.size, progress, tell)
     wait_for_others()
     if rank:  # the first process reports
         return Results([], {})
+    where = pairs if isinstance(pairs, (str, Path)) else "PAIRS"
     about = about_run(items, model, steps, weights, f"isadca evaluate {where} -o {out}")
     return write_results(items, metrics, out, about)
 
@@ -83,6 +75,14 @@ def _available(lacking: dict[str, str], tell: Callable[[str], None]) -> list[str
     if left_out:
         tell(f"left out: {', '.join(left_out)}; see weights/README.md")
     return [name for name, why in lacking.items() if not why]
+
+
+def distinct(systems: Iterable[System]) -> list[System]:
+    """Each once. Raises Problem where two would write the same files."""
+    chosen = list(dict.fromkeys(systems))
+    if len({file_name(system.name) for system in chosen}) < len(chosen):
+        raise Problem("two systems have the same name in files; give a Method another name")
+    return chosen
 
 
 def list_items(pairs: list[Pair], systems: Iterable[System], seeds: tuple[int, ...]) -> list[Item]:
@@ -114,7 +114,7 @@ def hash_extras(weights: Path, metrics_folder: Path, systems: list[System], metr
             if path.suffix in (".safetensors", ".json", ".txt")}
 
 
-def _make(items: list[Item], draws: dict[str, Draw], judge: Judge, out: Path, size: int, progress: Progress,
+def _make(items: list[Item], draws: dict[System, Draw], judge: Judge, out: Path, size: int, progress: Progress,
           tell: Callable[[str], None]) -> None:
     """Make and measure what is not there, was made by other code, or is damaged."""
     code = code_sha256(CODE)
@@ -129,7 +129,7 @@ def _make(items: list[Item], draws: dict[str, Draw], judge: Judge, out: Path, si
         variation = None if item in stale or "seconds" not in numbers else item.load(out, size, digest)
         if variation is None:
             began = time.perf_counter()
-            variation = draws[file_name(item.system.name)](original, item.pair.prompt, item.seed)
+            variation = draws[item.system](original, item.pair.prompt, item.seed)
             numbers = {"seconds": time.perf_counter() - began}
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(reference, path.with_name("reference.png"))

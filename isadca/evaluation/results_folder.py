@@ -66,9 +66,13 @@ def read_json(path: Path) -> dict:
 
 
 def check_settings(results: Path, settings: dict[str, str | int], extras: dict[str, str]) -> None:
-    """A results folder holds one experiment. Raises Problem, naming what changed, where it was begun with other
+    """Make the folder, which holds one experiment. Raises Problem, naming what changed, where it was begun with other
     `settings`. The files of `extras`, the other systems' and the metrics', may come later; none may change."""
     path = results / "settings.json"
+    try:
+        results.mkdir(exist_ok=True)
+    except OSError as error:
+        raise Problem(f"{results}: cannot be made or written ({error.strerror}); choose another -o") from None
     if path.exists():
         had, had_extras = (read_json(path).get(key) for key in ("settings", "extras"))
         if not (isinstance(had, dict) and isinstance(had_extras, dict)):
