@@ -8,7 +8,7 @@ Shapes: B rows of the batch, H heads, N queries, M keys, d head dim. q is (B,H,N
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -139,6 +139,11 @@ def by_rows(n: int, f: Attend, g: Attend) -> Attend:
     def attend_by_rows(q, k, v, site):
         return torch.cat([f(q[:n], k[:n], v[:n], site), g(q[n:], k[n:], v[n:], site)])
     return attend_by_rows
+
+
+def joined(kvs: Sequence[KV], dim: int) -> KV:
+    """Several extra keys and values as one: their rows under each other (dim 0), or their tokens in a row (dim 2)."""
+    return {name: tuple(torch.cat([kv[name][i] for kv in kvs], dim) for i in (0, 1)) for name in kvs[0]}
 
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .attention import KV, Attend, attend, by_kind, by_rows, dca, isa, masked, where
+from .attention import KV, Attend, attend, by_kind, by_rows, dca, isa, joined, masked, where
 from .common.images import to_images
 from .common.progress import Progress, shown, silent
 from .methods import ISADCA, Method, method_named
@@ -56,6 +56,7 @@ class Conditions(NamedTuple):
     """What a run's steps share: it does not depend on t."""
 
     context: Tensor                       # (G,M,D), the text of each guidance half
+    text_kv: list[KV]                     # of each half, the UNet's keys and values of it, one row
     words: list[tuple[str, list[int]]]    # the prompt's words, each with its rows of the context
     ip_kv: KV                             # rows (G,H,n,d); empty without an image branch
     kept: dict                            # empty at first: what a method of one's own leaves for its later steps
@@ -93,7 +94,7 @@ class Controls(NamedTuple):
 class Guided(NamedTuple):
     """One row of the UNet for each variation. Guidance adds weight × (its noise - the first row's noise)."""
 
-    context: Tensor                       # (1,M,D)
+    context: Tensor | KV                  # (1,M,D), or its keys and values
     attend: Attend
     weight: float
 
@@ -178,7 +179,7 @@ def predict(model: Model, controls: Controls) -> Noise:
 def branches(controls: Controls) -> list[list[Guided]]:
     """Which rows: one branch, or two whose noise will be mixed; each is a row for every guidance half."""
     made = attends(controls)
-    halves, m = controls.conditions.context.split(1), controls.method.guidance
+    halves, m = controls.conditions.text_kv, controls.method.guidance
     found = [f if isinstance(f, list) else [Guided(half, f, m) for half in halves]
              for f in (made if isinstance(made, tuple) else (made,))]
     if controls.mask is None:
@@ -231,7 +232,8 @@ def guided_noise(model: Model, controls: Controls, branches: list[list[Guided]])
     attend = groups[-1][1]
     for size, f in groups[-2::-1]:
         attend = by_rows(size, f, attend)
-    context = torch.cat([row.context for row in rows]).repeat_interleave(n, 0)
+    context = joined([row.context if isinstance(row.context, dict) else model.unet.keys_values(row.context)
+                      for row in rows], dim=0)
     eps = iter(model.noise(controls.z.repeat(len(rows), 1, 1, 1), controls.t, context, attend).split(n))
     return [guide(list(islice(eps, len(branch))), *(row.weight for row in branch[1:])) for branch in branches]
 
@@ -272,11 +274,12 @@ def condition(model: Model, run: Run, tokens: Tensor | None) -> Conditions:
         context = model.context(texts)
     else:
         context = torch.cat([model.context([p]) if isinstance(p, str) else p[None] for p in prompts])
-    if tokens is None or not run.method.wants_image:
-        return Conditions(context, words, {}, {})
     unet = model.unet
+    text_kv = [unet.keys_values(half) for half in context.split(1)]
+    if tokens is None or not run.method.wants_image:
+        return Conditions(context, text_kv, words, {}, {})
     kv = model.ip_adapter.keys_values(tokens[-len(prompts):], unet.sites, unet.config.n_heads)
-    return Conditions(context, words, kv, {})
+    return Conditions(context, text_kv, words, kv, {})
 
 
 # ---- in one call -----------------------------------------------------------------------------------------------

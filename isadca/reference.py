@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .attention import KV, Attend, attend, capture
+from .attention import KV, Attend, attend, capture, joined
 from .common.images import fit, load_image, to_images, to_tensor
 from .common.problem import Problem
 from .common.progress import Progress, silent
@@ -67,7 +67,7 @@ def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, promp
     grid = model.schedule.steps(steps)
     original = load_image(image) if isinstance(image, (str, Path)) else image
     fitted = fit(original, model.check_size(model.size if size is None else size), fit_by)
-    context = model.context([prompt])
+    context = model.unet.keys_values(model.context([prompt]))
     chain = [model.encode(to_tensor(fitted))]
     watch = Watch(model, "inverting")
     for stride in progress(grid[::-1], "inverting"):
@@ -81,7 +81,7 @@ def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, promp
 
 def reconstruct(model: Model, ref: Reference, kernel: Attend = attend, progress: Progress = silent) -> Image.Image:
     """Plain DDIM from z̄_T back, without any control: the baseline x̃_0 of the paper's Fig. 1."""
-    context, z = model.context([ref.prompt]), ref.chain[-1:]
+    context, z = model.unet.keys_values(model.context([ref.prompt])), ref.chain[-1:]
     watch = Watch(model, "reconstructing")
     for stride in progress(model.schedule.steps(ref.steps), "reconstructing"):
         eps = model.noise(z, stride.t, context, kernel)
@@ -101,33 +101,32 @@ def replay(model: Model, ref: Reference, wanted: Callable[[int], bool] = lambda 
     """
     grid = model.schedule.steps(ref.steps)
     ahead = [i for i, stride in enumerate(grid) if wanted(stride.t)]
-    context = model.context(["", ref.prompt][-rows:])
+    context = model.unet.keys_values(model.context(["", ref.prompt][-rows:])) if ahead else {}
     ready: dict[int, ReferenceStep] = {}
     for i in range(len(grid)):
         if i in ahead and i not in ready:
             chunk = [j for j in ahead if j >= i][:at_once]
-            ready = dict(zip(chunk, reference_steps(model, ref, [(j, grid[j]) for j in chunk], context, kernel, maps)))
+            numbered = [(j, grid[j]) for j in chunk]
+            ready = dict(zip(chunk, reference_steps(model, ref, numbered, rows, context, kernel, maps)))
         yield ready.pop(i, None)
 
 
-def reference_steps(model: Model, ref: Reference, chunk: list[tuple[int, Step]], context: Tensor,
+def reference_steps(model: Model, ref: Reference, chunk: list[tuple[int, Step]], rows: int, context: KV,
                     kernel: Attend, maps: bool = False) -> Iterator[ReferenceStep]:
-    """The steps of `chunk`, (number, stride) each, in one pass of the UNet; `context` has a row for each reference."""
-    rows = len(context)
+    """The steps of `chunk`, (number, stride) each, in one pass of the UNet; `context` has `rows`, one a reference."""
     z = torch.stack([ref.chain[ref.steps - i] for i, _ in chunk])                # step i starts at level T - i
     t = torch.tensor([stride.t for _, stride in chunk], device=z.device)         # one time step per row
     store, qk = dict[str, Any](), dict[str, Any]() if maps else None
-    eps = model.noise(z.repeat_interleave(rows, 0), t.repeat_interleave(rows), context.repeat(len(chunk), 1, 1),
-                      capture(store, kernel, qk))
-    for first in range(0, len(eps), rows):
-        own = slice(first, first + rows)
+    eps = model.noise(z.repeat(rows, 1, 1, 1), t.repeat(rows), context, capture(store, kernel, qk))
+    for step in range(len(chunk)):
+        own = slice(step, None, len(chunk))
         kv, kept = ({name: (a[own], b[own]) for name, (a, b) in each.items()} for each in (store, qk or {}))
         yield ReferenceStep(kv, eps[own][-1:], kept)
 
 
 def replay_all(model: Model, refs: Sequence[Reference], methods: Sequence[Method], at_once: int, kernel: Attend,
                replayed: Iterable[ReferenceStep | None] | None = None) -> Iterator[ReferenceStep | None]:
-    """What `methods` want of each step; of several references, their keys and values side by side.
+    """What `methods` want of each step; of several references, the tokens of all, and the first one's noise.
 
     `replayed` is a kept replay of the one reference. Raises Problem where it ends too early.
     """
@@ -137,15 +136,11 @@ def replay_all(model: Model, refs: Sequence[Reference], methods: Sequence[Method
     kept = [replay(model, ref, wanted, at_once, kernel, rows, maps) for ref in refs] if replayed is None else [replayed]
     n = 0 if not isinstance(replayed, Sequence) or len(replayed) == refs[0].steps else len(replayed)
     for n, steps in enumerate([] if n else zip(*kept), 1):
-        yield steps[0] if len(steps) == 1 or steps[0] is None else joined(steps)
+        if len(steps) == 1 or steps[0] is None:
+            yield steps[0]
+        else:
+            yield ReferenceStep(joined([step.kv for step in steps], dim=2), steps[0].eps, steps[0].qk)
     raise Problem(f"replayed has {n} steps, the reference has {refs[0].steps}; replay this reference, once a call")
-
-
-def joined(steps: Sequence[ReferenceStep]) -> ReferenceStep:
-    """Several references as one: the tokens of all of them, and the first one's noise."""
-    kv = {name: (torch.cat([step.kv[name][0] for step in steps], dim=2),
-                 torch.cat([step.kv[name][1] for step in steps], dim=2)) for name in steps[0].kv}
-    return ReferenceStep(kv, steps[0].eps, steps[0].qk)
 
 
 # ---- where sampling starts -------------------------------------------------------------------------------------

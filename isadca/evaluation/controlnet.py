@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attention import Attend, attend as plain_attend
+from ..attention import KV, Attend, attend as plain_attend
 from ..common.images import fit, to_tensor
 from ..ddim import draw_noise
 from ..loop import decode, guide
@@ -48,7 +48,7 @@ class ControlNet(Descent):
         self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in self.skip_channels)
         self.controlnet_mid_block = nn.Conv2d(config.channels[-1], config.channels[-1], 1)
 
-    def forward(self, z: Tensor, t: Tensor | int, context: Tensor, hint: Tensor, pooled: bool = False,
+    def forward(self, z: Tensor, t: Tensor | int, context: Tensor | KV, hint: Tensor, pooled: bool = False,
                 attend: Attend = plain_attend) -> list[Tensor]:
         """What to add to the UNet's skips, and last to its middle; 13 tensors for SD1.5.
 
@@ -68,12 +68,13 @@ def restyle(model: Model, controlnet: ControlNet, image: Image.Image, prompt: st
     device, side, latent = model.device, model.size, model.unet.config.sample_size
     hint = (to_tensor(shuffle_content(fit(image, side), seed, cell=side // 2)) + 1) / 2
     hint, context = hint.to(device, model.dtype), model.context(["", prompt])
+    kv, own_kv = model.unet.keys_values(context), controlnet.keys_values(context[1:])
     z = torch.empty(1, 4, latent, latent, device=device, dtype=model.latent_dtype)
     z = draw_noise(z, torch.Generator().manual_seed(seed))
     for stride in model.schedule.steps(steps):
         x, t = z.to(model.dtype), stride.t
-        residuals = on_text_half(controlnet(x, t, context[1:], hint, pooled=True))
-        eps = model.unet(x.expand(2, -1, -1, -1), t, context, residuals=residuals).to(z.dtype)
+        residuals = on_text_half(controlnet(x, t, own_kv, hint, pooled=True))
+        eps = model.unet(x.expand(2, -1, -1, -1), t, kv, residuals=residuals).to(z.dtype)
         z = model.schedule.step(z, guide(eps.chunk(2), guidance), stride)
     return decode(model, z)[0]
 

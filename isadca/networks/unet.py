@@ -110,6 +110,12 @@ class Descent(nn.Module):
         self.mid_block = Block("mid_block", [config.channels[-1]] * 2, config.channels[-1], 1, config)
         self.sites = name_sites([*self.down_blocks, self.mid_block])
 
+    def keys_values(self, context: Tensor) -> KV:
+        """The text's keys and values at every cross-attention, by site name. They do not depend on t: `forward`
+        takes them in place of `context`, so that a prompt is projected once and not at every step."""
+        return {site.name: self.get_submodule(site.name).keys_values(context)
+                for site in self.sites if site.kind == "cross"}
+
     def embed_time(self, z: Tensor, t: Tensor | int) -> Tensor:
         t = torch.as_tensor(t, device=z.device).expand(len(z))
         return self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(z.dtype))
@@ -156,12 +162,6 @@ class UNet(Descent):
                 found += [f"{block.name}.attentions.{j}"] if j < len(block.attentions) else []
             found += [f"{block.name}.{name}.0" for name in ("downsamplers", "upsamplers") if getattr(block, name, ())]
         return found
-
-    def keys_values(self, context: Tensor) -> KV:
-        """The text's keys and values at every cross-attention, by site name. They do not depend on t: `forward`
-        takes them in place of `context`, so that a prompt is projected once and not at every step."""
-        return {site.name: self.get_submodule(site.name).keys_values(context)
-                for site in self.sites if site.kind == "cross"}
 
     def forward(self, z: Tensor, t: Tensor | int, context: Tensor | KV, attend: Attend = plain_attend,
                 residuals: list[Tensor] | None = None, edit: Edit | None = None) -> Tensor:
