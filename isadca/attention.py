@@ -1,4 +1,4 @@
-"""The heart of the repository: one seam, `attend(q, k, v, site) -> y`, and what is said through it.
+"""The heart of the repository: one seam, `attend(q, k, v, site) -> y`, and everything that passes through it.
 
 Every attention layer of the UNet projects q, k, v and then calls the `attend` function it was given. The plain
 kernels are such functions; ISA, DCA and λ are small factories that return one. To try an idea, write another.
@@ -149,7 +149,7 @@ def joined(kvs: Sequence[KV], dim: int) -> KV:
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
     """(R,...) -> (rows,...), each of the R rows standing for rows/R neighbours.
 
-    Raises ValueError where R does not divide rows: silently leaving the reference out is how such code goes wrong.
+    Raises ValueError where R does not divide rows: leaving the reference out in silence is how such code goes wrong.
     """
     if len(x) == rows:
         return x

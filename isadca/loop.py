@@ -38,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Options:
-    """What `sample` can be told beyond what it computes."""
+    """How `sample` goes about its work."""
 
     replayed: Iterable[ReferenceStep | None] | None = None  # a kept list(replay(...)) of the reference
     at_once: int = 5                      # steps of the reference in one call of the UNet
@@ -155,7 +155,7 @@ def controls_at(model: Model, t: int, i: int, ref: Reference, run: Run, z: Tenso
 
 
 def predict_all(model: Model, controls: Controls, rows_at_once: int) -> Noise:
-    """`predict`, a part of the N variations at a time. A method of one's own may mix them: it gets them whole."""
+    """`predict` for a part of the N variations at a time. The user's own method may mix them, so it gets them whole."""
     mix = controls.method.mix
     at_once = controls.n if callable(mix) else max(1, rows_at_once // (4 if mix == "noise" else 2))
     parts = [predict(model, controls._replace(z=z)) for z in controls.z.split(at_once)]
@@ -189,7 +189,7 @@ def branches(controls: Controls) -> list[list[Guided]]:
 
 
 def attends(controls: Controls) -> Attend | tuple[Attend, Attend] | list[Guided]:
-    """What the step attends to: one function; two, whose noise is mixed; or a list of one's own guidance."""
+    """What the step attends to: one function; two, whose noise is mixed; or a list of the user's guidance rows."""
     method, lam = controls.method, controls.lam
     if not method.is_active(controls.t):
         return controls.kernel

@@ -20,7 +20,7 @@ INITS = ("inverted", "shuffle", "gaussian", "random")
 
 
 def knob(default, help: str, choices: tuple[str, ...] | None = None):
-    """A field of Method and, by the same words, a flag of the command line."""
+    """A field of Method and a flag of the command line, with one help text for both."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -67,7 +67,7 @@ class Method:
         return bool(self.ip_scale != 0 and (self.lam != 1 or callable(self.mix)))
 
     def check(self, T: int, n_layers: int | None = None) -> "Method":
-        """Self, with `layers` counted from the start; or a Problem that names the field, its value, what it may be."""
+        """Self, with `layers` counted from the start. Raises Problem, naming the field and what is allowed."""
         rules = [("guidance", self.guidance, math.isfinite(self.guidance), "a finite number; the paper has 7"),
                  ("k", self.k, 0 <= self.k < T, f"0 to {T - 1}; control is on for t > k"),
                  ("t_start", self.t_start, self.k < self.t_start, f"more than k, which is {self.k}"),
@@ -152,7 +152,7 @@ def method_named(name: str, **changes) -> Method:
 
 
 def own_method(where: str, flag: str = "--method") -> tuple[Method, str]:
-    """FILE.py:NAME, a Method or a function Controls -> Attend that becomes the `mix` of one; and the file's sha256."""
+    """FILE.py:NAME as a Method (a function Controls -> Attend becomes the `mix` of one), and the file's sha256."""
     from .common.own_code import checked, load_own  # for those who bring code
 
     value, sha256 = load_own(where, flag)

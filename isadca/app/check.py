@@ -18,7 +18,7 @@ CLOSE, CLOSE_ELSEWHERE = 1, 16  # grey levels; on CPUs float32 gave 0 (float64 t
 
 
 def check(args: Namespace) -> None:
-    """The demo's cat as a lemon, in few steps, against the stored picture; see CLOSE."""
+    """The demo's cat as a lemon, in ten steps, against the stored picture; CLOSE says how near."""
     start, folder = perf_counter(), default_weights()
     stored, cat = folder / "check.png", folder / "references" / "cat.png"
     model = load(device=args.device, dtype=args.dtype)

@@ -1,4 +1,4 @@
-"""The command line: from what was typed to a command, and from whatever happens to one line and an exit code.
+"""The command line: turns what was typed into a command, and whatever happens into one line and an exit code.
 
 Paths of what was written go to standard output, everything else to standard error. Exit codes: 0, 2 for a problem
 that the user can mend (one line says which), 130 when interrupted. Heavy imports wait until a command runs.

@@ -56,7 +56,7 @@ def _vary_all(args: Namespace, refs: list[str], method: Method, seeds: tuple[int
 
 
 def _vary(session: Session, picture: Picture, method: Method, outs: dict[int, Path], folder: bool = False) -> None:
-    """The pictures of one reference, one a seed. In a folder what is there is kept."""
+    """The pictures of one reference, one per seed. In a folder, what is already there is kept."""
     args, began = session.args, perf_counter()
     session.picture, args.ref = picture, str(picture.path)
     recipes = {seed: session.recipe(n=1, seed=seed, diversity=method.diversity) | {"batch": len(outs)}
@@ -80,7 +80,7 @@ def _vary(session: Session, picture: Picture, method: Method, outs: dict[int, Pa
 
 
 def _one(refs: list[str], out: Path) -> list[str]:
-    """The reference, where a single one is asked for."""
+    """The reference, if there is only one."""
     if len(refs) == 1 and not Path(refs[0]).is_dir():
         return refs
     raise Problem(f"{out}: is one file, but REF is {', '.join(refs)}; give one REF and a PROMPT in quotes, or a folder "
@@ -88,7 +88,7 @@ def _one(refs: list[str], out: Path) -> list[str]:
 
 
 def _in_folders(refs: list[str]) -> list[str]:
-    """Every picture that the references name, those in folders included."""
+    """Every picture among the references, including those inside folders."""
     kinds = {f".{kind.lower()}" for kind in FORMATS} | {".jpg", ".tif", ".safetensors"}
     found = [[str(path) for path in sorted(Path(ref).iterdir()) if path.suffix.lower() in kinds]
              if Path(ref).is_dir() else [ref] for ref in refs]
@@ -102,7 +102,7 @@ def _in_folders(refs: list[str]) -> list[str]:
 
 
 def _there(path: Path, recipe: dict, overwrite: bool) -> bool:
-    """Whether `path` is to be left: it has this recipe, or another one that is not to be overwritten."""
+    """Whether to leave `path` alone: it has this recipe already, or another one that may not be overwritten."""
     if not path.exists():
         return False
     try:
@@ -116,7 +116,7 @@ def _there(path: Path, recipe: dict, overwrite: bool) -> bool:
 
 
 def _numbered(args: Namespace, out: Path, seeds: tuple[int, ...]) -> list[Path]:
-    """The files that will be written, each looked at before the work, the sheet of --grid too."""
+    """The files that will be written, checked before the work, and so is the sheet of --grid."""
     outs = [out] if len(seeds) == 1 else [out.with_stem(f"{out.stem}-{seed}") for seed in seeds]
     for path in outs:
         writable(path, ".png", args)

@@ -1,5 +1,5 @@
-"""What is said on standard output and error. Saying it never stops the work: a stream that is closed, full or cannot
-print λ is written to as far as it goes, and `main` tells what became of it."""
+"""Standard output and error. Writing there never stops the work: a stream that is closed, full, or cannot print λ
+is written to as far as possible, and `main` reports its failure at the end."""
 
 import json
 import sys

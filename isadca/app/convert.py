@@ -1,6 +1,6 @@
 """PyTorch's pickles (.bin, .pth, .ckpt) to safetensors, once, on request: the only place that unpickles.
 
-weights_only leaves out code; PyTorch before 2.6 could be made to run some all the same (CVE-2025-32434).
+weights_only refuses code, though PyTorch before 2.6 could still be made to run some (CVE-2025-32434).
 """
 
 import re
@@ -27,7 +27,7 @@ def convert(source: Path, out: Path) -> list[str]:
     """Write the tensors of `source`, in their dtypes, under the published names. Returns the keys left out.
 
     Unwraps "state_dict", joins nested dicts with dots, and makes an IP-Adapter of its training checkpoint (which may
-    be a safetensors file). Raises Problem for files that hold something else than tensors, or no tensors.
+    be a safetensors file). Raises Problem for files that hold anything but tensors, or no tensors.
     """
     found = dict(_flatten(read(source)))
     tensors = published({key: value for key, value in found.items() if isinstance(value, Tensor)})
@@ -75,7 +75,7 @@ def _flatten(content: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]
 
 
 def published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors; of an IP-Adapter's training checkpoint the adapter alone, under the published names."""
+    """The same tensors, or, for an IP-Adapter's training checkpoint, only the adapter's, under the published names."""
     if not any(key.startswith("image_proj_model.") for key in tensors):
         return tensors
     places = sorted({m[1] for m in map(IN_UNET.match, tensors) if m}, key=lambda p: (p.startswith("mid"), p))
@@ -90,7 +90,7 @@ def published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """No two tensors in one memory, which safetensors refuses; only those that share are copied."""
+    """No two tensors share memory, which safetensors refuses; only those that do are copied."""
     seen, result = set(), {}
     for key, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()

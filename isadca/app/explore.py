@@ -1,4 +1,4 @@
-"""One run of the method seen from inside, as one HTML file: `look_inside` collects, `page` embeds.
+"""One run of the method from inside, as one HTML file: `look_inside` collects the data, `page` embeds it.
 
 Everything is observed from outside the loop: attention through the seam (`Record` is a kernel), the branches' noise
 through `on_step`. The page itself, with its CSS and JavaScript, is explore.html beside this file.
@@ -35,7 +35,7 @@ from ..reference import Reference, reconstruct, replay
 LAMS = [i / 10 for i in range(11)]
 CHAIN = 5      # latents of the inversion chain on the page
 MOMENTS = 4    # steps whose attention is kept
-GRID = 16      # cells a side of an attention map: larger ones are averaged, so that a page of SD1.5 stays small
+GRID = 16      # cells a side of an attention map; larger ones are averaged to keep a page of SD1.5 small
 SIDE = 256     # pixels a side of a picture
 
 

@@ -57,7 +57,7 @@ def wanted(asked: list[str]) -> list[Pinned]:
 
 
 def missing(items: list[Pinned], to: Path) -> list[Pinned]:
-    """The files that are not there yet. Raises Problem for one that is there and is another, and for a full disk."""
+    """The files that are not there yet. Raises Problem for one that is there but differs, and for a full disk."""
     for item in items:
         if item.target(to).exists() and (why := _differs(item, item.target(to))):
             raise Problem(f"{item.target(to)}: is not the published file ({why}); move it away and fetch again")
@@ -131,7 +131,7 @@ class Bounded:
 
 
 def _lock(file, part: Path) -> None:
-    """Two fetches at once would spoil one .part. Where the system has no such locks, nothing is done."""
+    """Two fetches at once would spoil a .part file. Without such locks on this system, nothing is done."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,14 +12,14 @@ from ..common.problem import Problem
 from ..methods import PRESETS, Cosine, Lambda, Linear, Method
 from .fetch import names as fetchable
 
-# what people type who come from elsewhere
+# what people coming from other tools type
 HABITS = {"--cfg": "--guidance", "--cfg-scale": "--guidance", "--guidance-scale": "--guidance", "--width": "--size",
           "--num-inference-steps": "--steps", "--negative-prompt": "--negative", "--height": "--size",
           "--num-images": "--n", "--lambda": "--lam", "--model": "--weights", "--strength": "--diversity"}
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for what is wrong. Flags may stand anywhere and are not abbreviated."""
+    """Reports errors in one line. Flags may stand anywhere and are not abbreviated."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, allow_abbrev=False, **options)
@@ -175,7 +175,7 @@ def _out(groups, metavar: str, help: str | None = None) -> None:
 
 
 def _generation(groups, lam: bool = False) -> None:
-    """What sampling needs. A default of None means: as the method has it."""
+    """What sampling needs. A default of None means the method's own."""
     add = groups.basic.add_argument
     groups.method.description = "In parentheses isadca's own value; isadca methods lists those of the others."
     groups.method.add_argument("--method", metavar="NAME",

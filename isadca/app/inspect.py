@@ -1,4 +1,4 @@
-"""isadca inspect: what a file is, of all that isadca reads or writes. isadca methods: the presets."""
+"""isadca inspect: what a file is, for every kind that isadca reads or writes. isadca methods: the presets."""
 
 import json
 from argparse import Namespace
@@ -12,7 +12,7 @@ from ..methods import PRESETS
 
 
 def inspect(args: Namespace) -> None:
-    """One line a part; raises the first Problem after the paths before it were printed."""
+    """One line per part; the first Problem is raised after the paths before it are printed."""
     for path in args.paths:
         if path.suffix.lower() == ".png":
             _picture(path)

@@ -1,5 +1,4 @@
-"""What is read and what is written, looked at before the work: no output replaces an input, and nothing waits for a
-pipe."""
+"""Inputs and outputs, checked before the work: no output replaces an input, and nothing waits for a pipe."""
 
 import os
 import stat
@@ -40,7 +39,7 @@ def check_inputs(args: Namespace) -> None:
 
 
 def writable(path: Path, suffix: str, args: Namespace, flag: str = "-o") -> Path:
-    """`path`, if a file can be written there that is no input: found out before the work, not after."""
+    """`path`, if a file can be written there without replacing an input: checked before the work, not after."""
     another = f"choose another {flag}"
     if path.suffix.lower() != suffix:
         raise Problem(f"{path}: expected a name that ends in {suffix}")

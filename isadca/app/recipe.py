@@ -1,5 +1,5 @@
-"""The recipe that every picture carries: the arguments, the versions, the sha256 of all that went in. Made, read,
-typed again, compared."""
+"""The recipe that every picture carries: the arguments, the versions, the sha256 of all inputs. Here it is made, read,
+turned back into a command, and compared."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def inputs_of(files: dict[str, Path], weights: Path, vocabulary: Path) -> dict[s
 
 
 def hash_files(files: dict[str, Path]) -> Future:
-    """sha256 of the files by what they are, computed beside the sampling: 4 GB take seconds."""
+    """sha256 of the files by what they are, computed while the sampling runs: 4 GB take seconds."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(lambda: {part: sha256(path) for part, path in files.items()})
     pool.shutdown(wait=False)
@@ -80,7 +80,7 @@ def read_recipe(path: str | Path) -> dict:
 
 
 def recipe_flags(recipe: dict, command: str, source: Path) -> tuple[list[str], list[str]]:
-    """What a recipe says of REF and PROMPT, and its flags as one types them, so that they are checked as those are.
+    """A recipe's REF and PROMPT, and its flags as one would type them, so that they pass the same checks.
 
     A reference that is not where it was is looked for beside the picture.
     """
@@ -109,14 +109,14 @@ def typed_again(recipe: dict, source: Path) -> str:
 
 
 def differing(before: dict, hashes: dict[str, str]) -> str | None:
-    """The first part that is another than `before`; older recipes name the networks alone."""
+    """The first part that differs from `before`; older recipes name only the networks."""
     whole = any(str(part).startswith("tokenizer/") for part in before)
     parts = [*before, *(part for part in hashes if part not in before and (whole or part in NETWORKS))]
     return next((part for part in parts if before.get(part) != hashes.get(part)), None)
 
 
 def made_elsewhere(recipe: dict, now: dict) -> str:
-    """What else can move a pixel by a grey level where it is another: the order of additions depends on it."""
+    """What else can move a pixel by a grey level when it differs: the order of additions depends on it."""
     was = {name: recipe.get(name) for name in ("device", "dtype", "threads", "batch")}
     if isinstance(recipe.get("versions"), dict):
         was["torch"] = recipe["versions"].get("torch")

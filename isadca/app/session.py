@@ -31,7 +31,7 @@ MOST = 10_000  # of whatever is counted
 
 
 class Picture:
-    """A reference's file, read and hashed once, so that the recipe tells of what was seen. A saved one has no image."""
+    """A reference's file, read and hashed once, so that the recipe names what was used. A saved one has no image."""
 
     def __init__(self, path: str, fit: str | None):
         self.path = Path(path)
@@ -151,7 +151,7 @@ def method_of(args: Namespace, lam=None) -> Method:
 
 
 def seeds_of(args: Namespace) -> tuple[int, ...]:
-    """The seeds, one a picture. Raises Problem, here too for the other counts, before the work."""
+    """The seeds, one per picture. Raises Problem for these and the other counts, before the work."""
     for name in ("n", "rows_at_once", "replay_at_once"):
         value = getattr(args, name)
         if not 1 <= value <= MOST:

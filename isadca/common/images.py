@@ -25,7 +25,7 @@ RECIPE_KEY = "isadca"  # the PNG text chunk that holds the recipe
 def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None) -> Image.Image:
     """A picture file as RGB, turned upright by its EXIF tag, transparency composited on white.
 
-    `tell` gets a note on what of it is left out or guessed. Raises Problem for what is not a readable picture.
+    `tell` receives a note on whatever is left out or guessed. Raises Problem for what is not a readable picture.
     """
     path = Path(path)
     try:

@@ -25,7 +25,7 @@ class OwnCode(NamedTuple):
 
 
 def is_own(text: str) -> bool:
-    """Whether this is FILE.py:NAME, not the name of something built in."""
+    """Whether this is FILE.py:NAME rather than a built-in name."""
     return text.rpartition(":")[0].endswith(".py")
 
 
@@ -69,8 +69,8 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def checked(function: Callable, where: str) -> Callable:
-    """A `mix`, whose attention's results are looked at: torch would stretch a single row or query over all of them
-    without a word, and blame a NaN on what comes after."""
+    """A `mix` whose attention's results are checked: torch would silently broadcast a single row or query over all of
+    them, and a NaN would be blamed on what comes after."""
     def mix(controls):
         made, looked_at = function(controls), {}
         for f in made if isinstance(made, (list, tuple)) else [made]:
@@ -102,8 +102,8 @@ def _shape(y) -> str:
 
 
 def own_failure(error: BaseException) -> tuple[str, str] | None:
-    """For an error that the user's own code raised, or what it called: its own frames as Python prints them, and one
-    line. None for any other error."""
+    """For an error raised in the user's own code or in what it called: its frames as Python prints them, and one line.
+    None for any other error."""
     frames = list(traceback.walk_tb(error.__traceback__))
     folders = {str(Path(frame.f_code.co_filename).parent) for frame, _ in frames if MARK in frame.f_globals}
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if str(Path(frame.filename).parent) in folders]

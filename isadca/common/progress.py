@@ -10,7 +10,7 @@ def silent(items: list, label: str) -> Iterable:
 
 
 def shown(progress: Progress | bool | None) -> Progress:
-    """A Progress as it is; True is tqdm's bar, a notebook's own in notebooks; False and None are silent."""
+    """A Progress as it is; True means tqdm's bar (in notebooks, its widget); False and None are silent."""
     if progress is True:
         from tqdm.auto import tqdm
         return lambda items, label: tqdm(items, desc=label)

@@ -44,7 +44,7 @@ def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iter
 
     `pairs`: a file or folder (see read_pairs), or a list of (reference, prompt). `systems`: names of SYSTEMS or of
     presets, Method values, or functions Controls -> Attend, all whose weights are there unless given; `metrics`
-    likewise. `weights` is where the other systems' and the metrics' weights are looked for. `tell` is given notes.
+    likewise. `weights` is where the other systems' and the metrics' weights are looked for. `tell` receives notes.
     Raises Problem.
     """
     rank, ranks = join()
@@ -92,7 +92,7 @@ def list_items(pairs: list[Pair], systems: Iterable[System], seeds: tuple[int, .
 
 
 def describe(model: Model, pairs: list[Pair], steps: int, ranks: int) -> dict[str, str | int]:
-    """All that every picture depends on: a results folder that was begun with something else is another experiment."""
+    """All that every picture depends on: a results folder begun with anything else is another experiment."""
     files = {pair.reference: sha256(pair.reference) for pair in pairs}
     networks = {kind: getattr(model, kind) for kind in ("unet", "vae", "text", "vision")}
     return {"pairs": text_sha256(repr([(files[pair.reference], pair.prompt) for pair in pairs])),
@@ -145,7 +145,7 @@ def write_results(items: list[Item], metrics: tuple[str, ...], out: Path, about:
     files = [out / name for name in ("results.csv", "table.md", "fig3.png")]
     table = f"{to_markdown(numbers, metrics)}\n{overhead(numbers)}\n\n{about}\n"
     for text, path in zip((to_csv(numbers, metrics), table), files):
-        save_text(text.encode(errors="backslashreplace").decode(), path)  # a path may hold bytes that are no text
+        save_text(text.encode(errors="backslashreplace").decode(), path)  # a path may hold bytes that are not text
     save_png(grid(items, systems, out), files[2])
     ablation = [system for name in FIG_4 for system in systems if system.name == name]
     if ablation:

@@ -1,4 +1,4 @@
-"""Stable Diffusion Image Variations (lambdalabs, v2.0): the same UNet, told what to draw by a picture instead of text.
+"""Stable Diffusion Image Variations (lambdalabs, v2.0): the same UNet, conditioned on a picture instead of text.
 
 Its whole context is one token, the picture's projected CLIP ViT-L/14 embedding; without guidance's condition, a zero.
 
@@ -23,7 +23,7 @@ from ..reference import Reference
 
 def squash_pixels(image: Image.Image, size: int) -> Tensor:
     """What this model's encoder was trained to read, (1,3,size,size): squashed, not cropped, and resized WITHOUT
-    antialiasing. By its authors' account an oversight; it makes a big difference to leave it out."""
+    antialiasing. Its authors call this an oversight, but the results depend on it."""
     x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
     x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False, antialias=False)
     mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))

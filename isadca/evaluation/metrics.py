@@ -162,7 +162,7 @@ def trunk_keys(kind: str) -> list[str]:
 
 
 def load_metric(path: str | Path, kind: str, device: torch.device | str = "cpu") -> Weights:
-    """The tensors that a metric needs, in float32; the rest of the file is left alone. Raises Problem, naming a key
+    """The tensors that a metric needs, in float32; the rest of the file is ignored. Raises Problem, naming a key
     that is missing."""
     path, keys = Path(path), trunk_keys(kind)
     missing = sorted(set(keys) - read_header(path).keys())

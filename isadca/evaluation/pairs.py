@@ -67,7 +67,7 @@ def _parse(path: Path) -> list[Pair]:
 
 def _dreambooth(text: str, folder: Path) -> list[Pair]:
     """Each subject's first picture with the 25 prompts of its kind; google/dreambooth, dataset/. The token that would
-    name the subject is left out: nothing here was taught one."""
+    name the subject is left out: no model here has learned one."""
     listed, *lists = text.partition("subject_name,class\n")[2].split("prompt_list = [")
     classes = dict(line.split(",") for line in listed.splitlines() if "," in line)
     objects, live = ([ast.literal_eval(line.partition(".format")[0]) for line in block.splitlines()

@@ -94,8 +94,8 @@ class Prior(nn.Module):
 
 
 def attention_mask(text_mask: Tensor) -> Tensor:
-    """(B,L) -> (B,1,S,S), to be added to the scores: causal, and padding is not looked at. The four last tokens are
-    always there. Both masks are -10,000 rather than -∞, and add up."""
+    """(B,L) -> (B,1,S,S), to be added to the scores: causal, with padding masked. The last four tokens are
+    never masked. Both masks are -10,000 rather than -∞, and add up."""
     own = F.pad(text_mask.bool(), (0, 4), value=True)
     later = torch.ones(own.shape[1], own.shape[1], device=own.device).triu(1)
     return -1e4 * (later + (~own)[:, None, None, :].float())

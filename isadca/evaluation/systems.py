@@ -90,7 +90,7 @@ def find_extra(weights: Path, name: str) -> Path | None:
 
 
 def lacks(system: System, model: Model, weights: Path) -> str:
-    """Why a system cannot be had; empty where it can."""
+    """Why a system is not available; empty if it is."""
     if system.needs and not find_extra(weights, system.needs):
         return f"has no {system.needs} in it or beside it"
     wants_image = isinstance(system.method, Method) and system.method.wants_image

@@ -106,13 +106,13 @@ def take(path: Path, layout: Layout, header: dict[str, Stored]) -> Part:
 class _NoValues(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
-            return None  # no layer looks at what an initialiser returns
+            return None  # no layer uses what an initialiser returns
         return function(*args, **kwargs or {})
 
 
 @contextmanager
 def without_values():
-    """Networks that are built within have shapes but no values: weights are loaded into them.
+    """Networks built inside have shapes but no values; weights are loaded into them.
 
     The meta device alone would do. But torch imports its compiler to "draw" a meta tensor's initial values: 800
     modules, 1.4 s of a cold start.
@@ -126,7 +126,7 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def check_names(expected: dict[str, tuple[int, ...]], part: Part) -> None:
-    """Every name and shape must be the expected one, every type a float. Raises ONE Problem for all that are not."""
+    """Every name and shape must be the expected one, every type a float. Raises one Problem for all that are not."""
     fits = expected.keys() == part.shapes.keys() and all(
         same_shape(stored.shape, expected[key]) and stored.dtype in FLOATS for key, stored in part.tensors.items())
     if not fits:

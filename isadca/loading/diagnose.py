@@ -1,4 +1,4 @@
-"""Why a weights file does not load, in one line: imported once that is known."""
+"""Why a weights file does not load, in one line. Imported only when one does not."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,7 @@ def _not_safetensors(path: Path) -> str:
 
 
 def stranger(path: Path, header: dict[str, Stored], known: bool = False) -> Problem | None:
-    """What a file is in which no part was recognised; of a `known` one whose parts do not fit, perhaps None."""
+    """What a file is in which no part was recognised. For a `known` one whose parts do not fit, it may be None."""
     for pattern, what, remedy in STRANGERS if known else STRANGERS + UNKNOWN:
         if any(re.search(pattern, key) for key in header):
             return Problem(f"{path}: is {what}; {remedy}")
@@ -102,7 +102,7 @@ def _with_origin(key: str, part: Part) -> str:
 
 
 def _guess(part: Part) -> str:
-    """The usual reasons, told by two shapes."""
+    """The usual reasons, which two shapes give away."""
     inputs = part.shapes.get("conv_in.weight", ())[1:2]
     context = part.shapes.get("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", ())[1:2]
     if part.kind == "unet" and inputs not in ((), (4,)):

@@ -64,7 +64,7 @@ VAE_RULES = [
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 ]
 TEXT_RULES = [(r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1.")]  # files that lack the prefix
-IGNORED = r"position_ids$|^loss\.|^model_ema\.|^lora_(unet|te)"  # rebuilt, training's, or merged already
+IGNORED = r"position_ids$|^loss\.|^model_ema\.|^lora_(unet|te)"  # rebuilt, for training, or merged already
 
 CLIP_HALVES = {"vision": r"^(vision_model|visual_projection)\.",  # a file may hold both halves of a CLIP
                "text": r"^(text_model|text_projection|embeddings|encoder|final_layer_norm)\."}

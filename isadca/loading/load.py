@@ -22,7 +22,7 @@ FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "vision": "imag
 NETWORKS = {"unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig), "text": (CLIPText, CLIPTextConfig),
             "vision": (CLIPVision, CLIPVisionConfig)}
 PUBLISHED_NAMES = r"(diffusion_pytorch_)?model\."
-SHARD = r"-\d{5}-of-\d{5}"  # one file of several; the index.json beside them stands for all
+SHARD = r"-\d{5}-of-\d{5}"  # one file of several; the index.json beside them lists all
 
 # image encoders that are published without their config.json, by width
 KNOWN_ENCODERS = {1280: CLIPVisionConfig(),
@@ -54,7 +54,7 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
 # ---- locate ------------------------------------------------------------------------------------------------------
 
 def find(name: str, *places: Path) -> Path | None:
-    """`name`, which may be a pattern, in the first place that has it; of several the shortest, the plain variant."""
+    """`name`, which may be a pattern, in the first place that has it. Of several, the shortest: the plain variant."""
     for place in places:
         if found := sorted(place.glob(name), key=lambda path: (len(path.name), path.name)):
             return found[0]
@@ -170,7 +170,7 @@ def _sizes(part: Part):
 
 
 def _check_fit(networks: dict, parts: dict[str, Part]) -> None:
-    """Parts may load one by one and still not belong together; say which does not."""
+    """Parts may load one by one and still not fit together; say which does not."""
     unet, text, adapter, vision = (networks.get(k) for k in ("unet", "text", "ip_adapter", "vision"))
     if text.config.width != unet.config.context_dim:
         raise Problem(f"{parts['text'].path}: a text encoder of width {text.config.width}, the UNet expects "

@@ -10,7 +10,7 @@ from ..attention import KV, Attend, attend, blend, isa, repeat_rows
 
 
 def blend_isa(ref_kv: KV, lam: float | Tensor, mode: str = "append", kernel: Attend = attend) -> Attend:
-    """(1-λ)·plain + λ·ISA. It is `blend(kernel, isa(ref_kv, mode), lam)`, otherwise computed.
+    """(1-λ)·plain + λ·ISA. The same as `blend(kernel, isa(ref_kv, mode), lam)`, computed another way.
 
     ISA's softmax runs over the reference's keys and z_t's own, so ISA = p·ref + (1-p)·own: attention to either alone,
     and the share p that the reference gets. The blend is then own + λ·p·(ref - own), with two products of N × N

@@ -44,9 +44,9 @@ class MLPProjection(nn.Module):
 
 
 class PerceiverAttention(nn.Module):
-    """The latents ask; the image and the latents themselves answer."""
+    """Queries from the latents; keys and values from the image and the latents."""
 
-    HEAD_DIM = 64  # not to be read off the file; the same in every published one
+    HEAD_DIM = 64  # no shape tells it; the same in every published file
 
     def __init__(self, dim: int, inner: int):
         super().__init__()

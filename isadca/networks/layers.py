@@ -83,7 +83,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.site: Site | None = None  # who we are; the UNet says so when it is built
+        self.site: Site | None = None  # set by the UNet when it is built
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """K = W_K c and V = W_V c. (B,M,D) -> two of (B,H,M,d)."""

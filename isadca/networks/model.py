@@ -107,7 +107,7 @@ class Model:
 class Watch:
     """Raises Problem for inf and NaN in what it is called with: one result, or a latent at each step t of a loop.
 
-    No GPU waits for it: a step leaves a flag on the device, and `done`, after the loop, reads all. A CPU stops at once.
+    A GPU does not wait: each step leaves a flag on the device, and `done` reads them at the end. A CPU stops at once.
     """
 
     def __init__(self, model: Model, stage: str):
@@ -129,7 +129,7 @@ class Watch:
     def _report(self, t: int | None) -> str:
         model, step = self.model, "" if t is None else f" from step t = {t} on"
         dtype = model._vae_dtype if t is None else model.dtype
-        half = dtype.itemsize == 2  # then inf may come of rounding; NaN is the file's
+        half = dtype.itemsize == 2  # inf may then come from rounding; NaN comes from the file
         advice = ("try --dtype fp32" if half else "try a smaller --guidance or --ip-scale" if self.stage == "sampling"
                   else "try another picture or checkpoint")
         for kind in ("unet", "vae", "text", "vision", "ip_adapter"):

@@ -25,7 +25,7 @@ from .sizes import UNetConfig
 
 EPS = 1e-5  # of the UNet's group norms; Transformer2D has its own
 
-Edit = Callable[[Tensor, str], Tensor]  # (B,C,h,w) and the place it comes from -> what goes on in its stead
+Edit = Callable[[Tensor, str], Tensor]  # (B,C,h,w) and the place it comes from -> what takes its place
 
 
 def unedited(h: Tensor, place: str) -> Tensor:
@@ -33,7 +33,7 @@ def unedited(h: Tensor, place: str) -> Tensor:
 
 
 class Block(nn.Module):
-    """Resnets, each followed by a transformer while there are any: as it is, the middle; below, its two kinds."""
+    """Resnets, each followed by a transformer while there are any. The middle is one; the ways down and up add to it."""
 
     def __init__(self, name: str, c_ins: list[int], c_out: int, transformers: int, config: UNetConfig):
         super().__init__()
@@ -168,7 +168,7 @@ class UNet(Descent):
         """The predicted noise. z (B,4,h,w), t an int or (B,), context (B,M,D) or its `keys_values` -> (B,4,h,w).
 
         h and w must be multiples of 2^(levels - 1), 8 for SD1.5. `attend(q, k, v, site)` is called at every attention
-        layer, `edit(h, place)` at every one of `places`; what it returns goes on in h's stead. `residuals` are a
+        layer, `edit(h, place)` at every one of `places`; what it returns takes h's place. `residuals` are a
         ControlNet's: one is added to each activation that the way up sees again, the last to x.
         """
         edit = edit or unedited
