@@ -33,7 +33,7 @@ def unedited(h: Tensor, place: str) -> Tensor:
 
 
 class Block(nn.Module):
-    """Resnets, each followed by a transformer while there are any. The middle is one; the ways down and up add to it."""
+    """Resnets, each followed by a transformer while there are any. The middle is one; the other two add to it."""
 
     def __init__(self, name: str, c_ins: list[int], c_out: int, transformers: int, config: UNetConfig):
         super().__init__()
