@@ -22,7 +22,7 @@ from .judge import METRICS, Judge, lacks as metric_lacks
 from .pairs import Pair, read_pairs
 from .processes import join, own_device, wait_for_others
 from .results_csv import to_csv
-from .results_folder import Item, Numbers, check_settings, code_sha256, file_name, text_sha256
+from .results_folder import Item, Numbers, check_apart, check_settings, code_sha256, file_name, text_sha256
 from .results_grids import FIG_4, grid
 from .results_table import about_run, overhead, to_markdown
 from .system_values import fingerprint, system_of
@@ -58,6 +58,7 @@ def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iter
     chosen = distinct(map(system_of, systems))
     draws = {system: make_draw(system, model, weights, steps) for system in chosen}
     judge = Judge(metrics, folder, model.device)
+    check_apart(out, [pair.reference for pair in listed] + ([Path(pairs)] if isinstance(pairs, (str, Path)) else []))
     check_settings(out, describe(model, listed, steps, ranks), hash_extras(weights, folder, chosen, metrics))
     items = list_items(listed, chosen, tuple(seeds))
     _make([item for item in items if item.index % ranks == rank], draws, judge, out, model.size, progress, tell)

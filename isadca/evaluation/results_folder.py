@@ -53,16 +53,29 @@ Numbers = dict[Item, dict[str, float]]
 
 
 def file_name(system: str) -> str:
-    return re.sub(r"[^\w.=+-]", "_", system)
+    plain = re.sub(r"[^\w.=+-]", "_", system, flags=re.ASCII)
+    return plain if len(plain) <= 100 else f"{plain[:80]}-{text_sha256(system)[:12]}"  # 255 is the file system's most
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; empty where there is no file, or it holds something else."""
+    """A JSON object; empty where there is no file, or it holds something else. What is written here is short."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        short = path.is_file() and path.stat().st_size < 1 << 20
+        found = json.loads(path.read_text(encoding="utf-8")) if short else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def check_apart(results: Path, inputs: Iterable[Path]) -> None:
+    """Raises Problem where the folder's files would replace what is read, or would lie elsewhere, behind a link."""
+    top, pictures = results.resolve(), results / "pictures"
+    for path in map(Path.resolve, inputs):
+        if path.parent == top or path.is_relative_to(top / "pictures"):
+            raise Problem(f"{path}: is inside {results} and could be replaced; choose another -o")
+    for folder in (pictures, *(pictures.iterdir() if pictures.is_dir() else ())):
+        if not folder.resolve().is_relative_to(top):
+            raise Problem(f"{folder}: is a link that leads out of {results}; choose another -o")
 
 
 def check_settings(results: Path, settings: dict[str, str | int], extras: dict[str, str]) -> None:

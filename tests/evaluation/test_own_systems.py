@@ -71,6 +71,13 @@ def test_bad_texts_are_named(text, message):
         parse_systems(text)
 
 
+def test_names_in_files_are_short_and_distinct():
+    names = ["isadca", "a/b.py:f", "isadca:lam=0.3;k=1", "λ" * 200, "λ" * 201]
+    files = [results_folder.file_name(name) for name in names]
+    assert files[:3] == ["isadca", "a_b.py_f", "isadca_lam=0.3_k=1"]
+    assert len(set(files)) == 5 and max(map(len, files)) <= 100
+
+
 def test_values_from_python():
     def mine(controls):
         return controls.kernel

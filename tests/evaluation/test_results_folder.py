@@ -184,6 +184,22 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         read_pairs(tmp_path / "pairs.csv")
 
 
+def test_a_forged_folder_is_not_waited_for_nor_followed(results, tmp_path, capsys):
+    """Pipes, links that lead out, and inputs among the outputs."""
+    numbers, elsewhere = results / "pictures/0000/rival-0.json", tmp_path / "elsewhere"
+    numbers.unlink()
+    os.mkfifo(numbers)
+    assert ITEM._replace(system=SYSTEMS["rival"]).numbers(results) == {}
+    shutil.move(results / "pictures/0000", elsewhere)
+    (elsewhere / "reference.png").write_text("mine")
+    (results / "pictures/0000").symlink_to(elsewhere)
+    assert cli.main(ARGS) == 2 and "0000: is a link that leads out of results" in capsys.readouterr().err
+    assert (elsewhere / "reference.png").read_text() == "mine"
+    for pairs in ("results/results.csv", "results/pairs.csv"):
+        Path(pairs).write_text("reference,prompt\n../pairs/cat.png,a lemon\n")
+        assert cli.main([*ARGS[:2], pairs, *ARGS[3:]]) == 2 and "could be replaced" in capsys.readouterr().err
+
+
 # ---- what is written -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prompt", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
