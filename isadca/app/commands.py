@@ -19,7 +19,7 @@ from .flags import parse_lam
 from .paths import writable
 from .recipe import read_recipe
 from .saved_reference import save_reference
-from .session import Picture, Session, method_of, seeds_of
+from .session import Picture, Session, method_of, opened, seeds_of
 
 
 def vary(args: Namespace) -> None:
@@ -130,9 +130,7 @@ def sweep(args: Namespace) -> None:
     out = writable(args.out, ".png", args)
     lams = [parse_lam(text) for text in args.lam.split(",")]
     seeds, method = seeds_of(args), method_of(args)
-    picture = Picture(args.ref, args.fit)
-    session = Session(args)
-    session.open(picture)
+    session = opened(args)
     negative = session.prompt(args.negative)
     runs = [Run(session.prompt(prompt), replace(method, lam=lam), seeds, negative)
             for prompt in args.prompts for lam in lams]
@@ -150,9 +148,7 @@ def explore(args: Namespace) -> None:
     from .explore import look_inside, method_at, page
     out = writable(args.out, ".html", args)
     method = method_at(args.lam)
-    picture = Picture(args.ref, args.fit)
-    session = Session(args)
-    session.open(picture, steps=20)
+    session = opened(args, steps=20)
     session.tell_missing([method])
     data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.progress)
     save_text(page(data), out)
@@ -162,9 +158,7 @@ def explore(args: Namespace) -> None:
 def reconstruct(args: Namespace) -> None:
     from ..evaluation.metrics import psnr
     out = writable(args.out, ".png", args)
-    picture = Picture(args.ref, args.fit)
-    session = Session(args)
-    session.open(picture)
+    session = opened(args)
     image = without_control(session.model, session.ref, progress=session.progress)
     save_png(image, out, session.recipe())
     print(f"PSNR {psnr(image, session.ref.image):.2f} dB", file=sys.stderr)
@@ -173,9 +167,8 @@ def reconstruct(args: Namespace) -> None:
 
 def invert(args: Namespace) -> None:
     out = writable(args.out, ".safetensors", args)
-    picture = Picture(args.ref, args.fit)
-    session = Session(args)
-    save_reference(session.open(picture), out, session.made_with())
+    session = opened(args)
+    save_reference(session.ref, out, session.made_with())
     print(out)
 
 

@@ -40,7 +40,6 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     _vary(commands)
     _sweep(commands)
-    _explore(commands)
     _one_reference(commands)
     _evaluate(commands)
     _files(commands)
@@ -101,25 +100,19 @@ def _sweep(commands) -> None:
     _generation(groups)
 
 
-def _explore(commands) -> None:
-    _, groups = _command(commands, "explore", "one run from inside, as a page to look at in a browser",
-                         'isadca explore examples/rocket.png "a lemon" -o lemon.html')
-    groups.basic.add_argument("ref", metavar="REF")
-    groups.basic.add_argument("prompt", metavar="PROMPT")
-    _out(groups, "PAGE.html")
-    groups.basic.add_argument("--lam", type=float, default=Method.lam,
-                              help="λ of the run that is taken apart (%(default)s)")
-    _inversion(groups, steps=20)
-
-
 def _one_reference(commands) -> None:
     for name, summary, out, example in [
-            ("reconstruct", "invert and go back without control; reports the PSNR", "OUT.png", "back.png"),
-            ("invert", "invert once, for many runs", "REF.safetensors", "cat.safetensors")]:
-        _, groups = _command(commands, name, summary, f"isadca {name} examples/cat.png -o {example}")
-        groups.basic.add_argument("ref", metavar="PICTURE")
+            ("explore", "one run from inside, as a page to look at in a browser", "PAGE.html", '"a lemon" -o cat.html'),
+            ("reconstruct", "invert and go back without control; reports the PSNR", "OUT.png", "-o back.png"),
+            ("invert", "invert once, for many runs", "REF.safetensors", "-o cat.safetensors")]:
+        _, groups = _command(commands, name, summary, f"isadca {name} examples/cat.png {example}")
+        groups.basic.add_argument("ref", metavar="REF")
+        if name == "explore":
+            groups.basic.add_argument("prompt", metavar="PROMPT")
+            groups.basic.add_argument("--lam", type=float, default=Method.lam,
+                                      help="λ of the run that is taken apart (%(default)s)")
         _out(groups, out)
-        _inversion(groups)
+        _inversion(groups, steps=20 if name == "explore" else 50)
 
 
 def _evaluate(commands) -> None:
@@ -176,22 +169,19 @@ def _out(groups, metavar: str, help: str | None = None) -> None:
 
 def _generation(groups, lam: bool = False) -> None:
     """What sampling needs. A default of None means the method's own."""
-    add = groups.basic.add_argument
+    basic, machine = groups.basic.add_argument, groups.machine.add_argument
+    basic("--method", metavar="NAME", help=f"{', '.join(PRESETS)}, or your own FILE.py:NAME ({Method.name})")
     groups.method.description = "In parentheses isadca's own value; isadca methods lists those of the others."
-    groups.method.add_argument("--method", metavar="NAME",
-                               help=f"{', '.join(PRESETS)}, or your own FILE.py:NAME ({Method.name})")
     for field in fields(Method):
         if "help" in field.metadata and (lam or field.name != "lam"):
             default = "all" if field.default is None else field.default
-            groups.method.add_argument(
-                f"--{field.name.replace('_', '-')}", choices=field.metadata["choices"],
+            add = basic if field.name == "lam" else groups.method.add_argument
+            add(f"--{field.name.replace('_', '-')}", choices=field.metadata["choices"],
                 type=str if field.name == "lam" else parse_layers if field.default is None else type(field.default),
-                help=f"{field.metadata['help']} ({default:g})" if isinstance(default, float) else
-                f"{field.metadata['help']} ({default})")
-    add("--negative", default="", help='negative prompt ("")')
-    add("--seed", type=int, default=0, help="of the first picture; the next has seed + 1 (%(default)s)")
-    add("-n", "--n", type=int, default=1, help="pictures (%(default)s)")
-    machine = groups.machine.add_argument
+                help=field.metadata["help"] + (f" ({default:g})" if isinstance(default, float) else f" ({default})"))
+    basic("--negative", default="", help='negative prompt ("")')
+    basic("--seed", type=int, default=0, help="of the first picture; the next has seed + 1 (%(default)s)")
+    basic("-n", "--n", type=int, default=1, help="pictures (%(default)s)")
     machine("--rows-at-once", type=int, default=64, help="rows of one UNet call at most (%(default)s)")
     machine("--replay-at-once", type=int, default=5, metavar="M", help="reference steps per call (%(default)s)")
     _inversion(groups)
@@ -199,11 +189,12 @@ def _generation(groups, lam: bool = False) -> None:
 
 def _inversion(groups, steps: int = 50) -> None:
     """What loading and inverting need."""
-    groups.basic.add_argument("--steps", type=int, help=f"DDIM steps ({steps})")
-    groups.basic.add_argument("--ref-prompt", default="", help='what the reference shows, for its inversion ("")')
-    groups.basic.add_argument("--fit", choices=("crop", "squash", "pad"),
-                              help="what is not square: its centre, distorted, or with white borders (crop)")
-    groups.basic.add_argument("--size", type=int, help="side in pixels (what the model was trained on)")
+    add = groups.basic.add_argument
+    add("--steps", type=int, help=f"DDIM steps ({steps})")
+    add("--ref-prompt", default="", help='what the reference shows, for its inversion ("")')
+    add("--fit", choices=("crop", "squash", "pad"), help="what is not square: its centre, distorted, or with white "
+        "borders (crop)")
+    add("--size", type=int, help="side in pixels (what the model was trained on)")
     _weights(groups)
 
 

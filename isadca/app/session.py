@@ -125,6 +125,14 @@ class Session:
                                    str(self.model.dtype).removeprefix("torch."))
 
 
+def opened(args: Namespace, steps: int = 50) -> Session:
+    """For the commands of one reference: it is read before the model, so that a bad one is named at once."""
+    picture = Picture(args.ref, args.fit)
+    session = Session(args)
+    session.open(picture, steps)
+    return session
+
+
 def method_of(args: Namespace, lam=None) -> Method:
     """The preset, or the user's own method, with the flags that were given; its code's sha256 in `args.own_code`."""
     args.own_code, args.method = {}, Method.name if args.method is None else args.method

@@ -209,7 +209,7 @@ def _device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name).cpu()  # "meta" would be accepted otherwise
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # torch.hpu is a module of others
         raise Problem(f"device {name!r} is not available here; try --device cpu") from None
 
 

@@ -46,7 +46,10 @@ FLAGS = {  # after `vary REF PROMPT -o a.png`: what the line says
     ("--ip-adapter", ""): "--ip-adapter is ''", ("--image-encoder", ""): "--image-encoder is ''",
     ("--prior", ""): "--prior is '', expected a path", ("--weights", "a\0b"): "--weights is 'a\\x00b', expected a path",
     ("--vae", "a\0b"): "--vae is", ("--weights", LONG): "xxx", ("--fit", LONG): "--fit: invalid choice",
-    ("--dtype", LONG): "dtype is 'xxx", ("--device", LONG): "device 'xxx", (f"--{LONG}",): "unrecognized arguments",
+    ("--dtype", LONG): "dtype is 'xxx", ("--device", "hpu"): "device 'hpu' is not available here; try --device cpu",
+    ("--device", "privateuseone"): "device 'privateuseone' is not available here",
+    ("--device", "cuda:99"): "device 'cuda:99' is not available here",
+    ("--device", LONG): "device 'xxx", (f"--{LONG}",): "unrecognized arguments",
     ("--log", "no/such/x.json"): "no/such/x.json: the folder no/such does not exist",
 }
 
