@@ -129,6 +129,11 @@ def masked(f: Attend, g: Attend, mask: Tensor) -> Attend:
     return attend_masked
 
 
+def in_layers(layers: tuple[int, ...] | None, f: Attend, g: Attend) -> Attend:
+    """f in these transformer blocks, g in the others; f in all of them where `layers` is None."""
+    return f if layers is None else where(lambda site: site.layer in layers, f, g)
+
+
 def by_kind(on_self: Attend, on_cross: Attend) -> Attend:
     """One function for self-attention, another for cross-attention."""
     return where(lambda site: site.kind == "self", on_self, on_cross)
@@ -143,7 +148,8 @@ def by_rows(n: int, f: Attend, g: Attend) -> Attend:
 
 def joined(kvs: Sequence[KV], dim: int) -> KV:
     """Several extra keys and values as one: their rows under each other (dim 0), or their tokens in a row (dim 2)."""
-    return {name: tuple(torch.cat([kv[name][i] for kv in kvs], dim) for i in (0, 1)) for name in kvs[0]}
+    return {name: (torch.cat([kv[name][0] for kv in kvs], dim), torch.cat([kv[name][1] for kv in kvs], dim))
+            for name in kvs[0]}
 
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .attention import KV, Attend, attend, by_kind, by_rows, dca, isa, joined, masked, where
+from .attention import KV, Attend, attend, by_kind, by_rows, dca, in_layers, isa, joined, masked
 from .common.images import to_images
 from .common.progress import Progress, shown, silent
 from .methods import ISADCA, Method, method_named
@@ -221,10 +221,6 @@ def mix_in_attention(controls: Controls) -> Attend:
     return by_kind(mixed, dca_of(controls, 1 - lam))
 
 
-def in_layers(layers: tuple[int, ...] | None, f: Attend, g: Attend) -> Attend:
-    return f if layers is None else where(lambda site: site.layer in layers, f, g)
-
-
 def guided_noise(model: Model, controls: Controls, branches: list[list[Guided]]) -> list[Tensor]:
     """What noise: the guided prediction of each branch, (N,4,h,w), all rows in one call of the UNet."""
     n, rows = controls.n, [row for branch in branches for row in branch]
@@ -234,7 +230,8 @@ def guided_noise(model: Model, controls: Controls, branches: list[list[Guided]])
         attend = by_rows(size, f, attend)
     context = joined([row.context if isinstance(row.context, dict) else model.unet.keys_values(row.context)
                       for row in rows], dim=0)
-    eps = iter(model.noise(controls.z.repeat(len(rows), 1, 1, 1), controls.t, context, attend).split(n))
+    edit = controls.method.edit and controls.method.edit(controls)
+    eps = iter(model.noise(controls.z.repeat(len(rows), 1, 1, 1), controls.t, context, attend, edit).split(n))
     return [guide(list(islice(eps, len(branch))), *(row.weight for row in branch[1:])) for branch in branches]
 
 
@@ -269,11 +266,7 @@ def condition(model: Model, run: Run, tokens: Tensor | None) -> Conditions:
     """`tokens` are the image prompt's, [unconditional, image], (2,n,D)."""
     prompts = [run.negative, run.prompt] if run.method.guidance != 1 else [run.prompt]
     words = model.tokenizer.words(run.prompt) if isinstance(run.prompt, str) else []
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if len(texts) == len(prompts):
-        context = model.context(texts)
-    else:
-        context = torch.cat([model.context([p]) if isinstance(p, str) else p[None] for p in prompts])
+    context = model.context(prompts)
     unet = model.unet
     text_kv = [unet.keys_values(half) for half in context.split(1)]
     if tokens is None or not run.method.wants_image:

@@ -1,5 +1,6 @@
 """The loaded networks together, and the few calls between them that the loop needs. `isadca.load` makes one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,9 +57,11 @@ class Model:
         """ε_θ(z_t, t, c), computed in the model's dtype. Latents stay float32 (or wider) between the steps."""
         return self.unet(z.to(self.dtype), t, context, attend, edit=edit).to(z.dtype)
 
-    def context(self, prompts: list[str]) -> Tensor:
-        """Prompts -> (len, tokens, width)."""
-        return self.text(self.tokenizer(prompts).to(self.device))
+    def context(self, prompts: Sequence[str | Tensor]) -> Tensor:
+        """Prompts, or embeddings (tokens, width) in their place -> (len, tokens, width)."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        rows = iter(self.text(self.tokenizer(texts).to(self.device)) if texts else ())
+        return torch.stack([next(rows) if isinstance(prompt, str) else prompt for prompt in prompts])
 
     def encode(self, pixels: Tensor) -> Tensor:
         z = self.vae.encode(pixels.to(self.device, self._vae_dtype))
