@@ -36,8 +36,9 @@ def build(kind):
     if kind == "vae":
         return AutoencoderKL(**sizes)
     if kind == "text":
-        return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, attn_implementation="eager"))
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, attn_implementation="eager"))
+        return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, attn_implementation="sdpa"))
+    # "eager" would take its softmax in float32
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, attn_implementation="sdpa"))
 
 
 def adapter_shapes(family):
