@@ -47,7 +47,8 @@ def layer(heads, context, w_q, w_k, w_v):
     module = layers.Attention(w_q.shape[1], heads, context).double().requires_grad_(False)
     for name, w in (("to_q", w_q), ("to_k", w_k), ("to_v", w_v)):
         getattr(module, name).weight.data = torch.from_numpy(w)
-    module.to_out[0].weight.data, module.to_out[0].bias.data = torch.eye(len(w_q)).double(), torch.zeros(len(w_q)).double()
+    module.to_out[0].weight.data = torch.eye(len(w_q), dtype=torch.float64)
+    module.to_out[0].bias.data.zero_()
     return module
 
 

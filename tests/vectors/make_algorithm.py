@@ -66,10 +66,11 @@ class Scene:
             changed = wrong if isinstance(wrong, Settings) else settings
             how = wrong if callable(wrong) else denoise
             more = [wrong] if isinstance(wrong, Mistakes) else []
-            return np.stack([how(self.model, self.chains[steps], self.given, changed, z, *more) for z in starts], axis=1)
+            paths = [how(self.model, self.chains[steps], self.given, changed, z, *more) for z in starts]
+            return np.stack(paths, axis=1)
+        knobs = asdict(settings) | {"layers": settings.layers and list(settings.layers)}
         arguments = dict(stored("unet"), adapter=File("model/ip-adapter_base.safetensors"), chain=self.chains[steps],
-                         **self.given, settings=asdict(settings) | {"layers": settings.layers and list(settings.layers)},
-                         z_T=np.concatenate(starts), init=init, seeds=list(seeds))
+                         **self.given, settings=knobs, z_T=np.concatenate(starts), init=init, seeds=list(seeds))
         return Case("algorithm1", name, arguments, run(None), TOLERANCE,
                     {what: run(wrong) for what, wrong in (mistakes or {}).items()})
 
@@ -104,7 +105,8 @@ def algorithm_cases(scene):
         "K 333, a step of the grid": {"control is on for t = K, too; it is on for t > K": k},
         "control from 665 down": {"control is off at t_start; it is on for t <= t_start": start},
         "reference alone above 333": {
-            "the phase is counted by calls and not read off t: a second picture starts in the wrong one": counted_phases,
+            "the phase is counted by calls and not read off t: a second picture starts in the wrong one":
+            counted_phases,
             "the reference is alone at the threshold, too; it is alone above it": replace(alone, replace_above=332)},
         "noise alignment above 400": {"the noise is aligned after mixing, it is before": Mistakes(align_after=True)},
         "ISA in three layers": {

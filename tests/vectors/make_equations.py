@@ -124,8 +124,8 @@ def lambda_cases(rng):
                        dict(q=q, k=k, v=v, k_ref=k_ref, v_ref=v_ref, lam=lam, mode=mode),
                        (1 - lam) * own + lam * isa, EXACT,
                        {"lambda is the wrong way round": lam * own + (1 - lam) * isa})
-        yield Case("mix_cross", f"lambda {lam}", dict(q=q, k=k_text, v=v_text, k_ip=k_ip, v_ip=v_ip, lam=lam, scale=0.8),
-                   text + (1 - lam) * 0.8 * image, EXACT,
+        yield Case("mix_cross", f"lambda {lam}", dict(
+            q=q, k=k_text, v=v_text, k_ip=k_ip, v_ip=v_ip, lam=lam, scale=0.8), text + (1 - lam) * 0.8 * image, EXACT,
                    {"lambda is the wrong way round": text + lam * 0.8 * image}
                    | ({"the text is weighted, too": (1 - lam) * (text + 0.8 * image)} if lam else {}))
     t = np.array([981, 500, 250, 1])

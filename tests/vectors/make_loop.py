@@ -1,7 +1,7 @@
 """Inversion and Algorithm 1 as the vectors are made, and the ways to do them wrong.
 
 The UNet is diffusers', its attention replaced by the equations written out; each branch is a call of its own, and so
-is each variation. Nothing is batched, cached or skipped.
+is each variation.
 """
 
 from dataclasses import dataclass
@@ -99,7 +99,8 @@ def invert(model, z0, context, steps, label="upper"):
     """z_0 ... z_T. The label t of a stride is its upper end's; the textbook's is its lower end's."""
     chain = [z0]
     for t, below in grid(steps, 1)[::-1]:
-        eps = model.noise(chain[-1], t if label == "upper" else max(below, 0), context, lambda n, q, k, v: attend(q, k, v))
+        told = t if label == "upper" else max(below, 0)
+        eps = model.noise(chain[-1], told, context, lambda _, q, k, v: attend(q, k, v))
         chain.append(move(chain[-1], eps, level_at(below), level_at(t)))
     return np.concatenate(chain)
 
@@ -168,8 +169,10 @@ def predict(model, z, t, kv, ref_eps, given, settings, wrong):
                        cross_rule(model, tokens, (1 - lam) * settings.ip_scale))
         isa = dca = guided(model, z, t, given, settings, rule)
     else:
-        isa = guided(model, z, t, given, settings, by_kind(self_rule(model, kv, settings, phase, 1, halves), plain_cross))
-        dca = guided(model, z, t, given, settings, by_kind(plain_self, cross_rule(model, tokens, settings.ip_scale)))
+        isa_rule = by_kind(self_rule(model, kv, settings, phase, 1, halves), plain_cross)
+        dca_rule = by_kind(plain_self, cross_rule(model, tokens, settings.ip_scale))
+        isa = guided(model, z, t, given, settings, isa_rule if lam > 0 else dca_rule)  # a branch of weight 0 is not run
+        dca = guided(model, z, t, given, settings, dca_rule) if 0 < lam < 1 else isa
     if t > settings.adain_above and not wrong.align_after:
         isa = align(isa, ref_eps)
     mixed = lam * isa + (1 - lam) * dca

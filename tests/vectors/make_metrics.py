@@ -108,7 +108,8 @@ def inception_map(x, w):
         name, _, stride, padding = layer
         mean, var, gain, bias = (w[f"{name}.bn.{part}"][:, None, None]
                                  for part in ("running_mean", "running_var", "weight", "bias"))
-        x = np.maximum((conv(x, w[f"{name}.conv.weight"], stride, padding) - mean) / np.sqrt(var + 0.001) * gain + bias, 0)
+        x = conv(x, w[f"{name}.conv.weight"], stride, padding)
+        x = np.maximum((x - mean) / np.sqrt(var + 0.001) * gain + bias, 0)
     return x
 
 

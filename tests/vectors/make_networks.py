@@ -242,8 +242,9 @@ def adapter_cases(rng):
         swapped, zero = tokens[::-1].copy(), tokens.copy()
         zero[0] = 0
         yield Case("image_tokens", family, dict(weights=weights, features=features, nothing=nothing), tokens,
-                   TOLERANCE, {"the unconditional tokens are zeros, they are the projection of the zero embedding": zero,
-                               "the image comes before the unconditional half": swapped})
+                   TOLERANCE, {
+            "the unconditional tokens are zeros, they are the projection of the zero embedding": zero,
+            "the image comes before the unconditional half": swapped})
         pairs, context = keys_values(unet, tokens), np.random.default_rng(3).standard_normal((2, 5, 12))
         yield Case("image_keys_values", family, dict(weights=weights, config=File("model/unet/config.json"),
                                                      tokens=tokens), pairs, TOLERANCE, {

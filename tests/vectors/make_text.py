@@ -10,24 +10,30 @@ from cases import HERE, Case, File
 FOLDER = "../../weights/tokenizer"
 START, END = "<|startoftext|>", "<|endoftext|>"
 TEXTS = {
-    "words": ["", "a photo of a cat", "A PHOTO of a Cat", "a cat, a dog; a fish. really?!", "cat's dog'll I'm we've",
-              "DON'T WE'VE THEY'RE he'd", "''s'd", "rock'n'roll o'clock", "x-ray co-op a_b_c",
-              "it\u2019s \u201ccurly\u201d \u2018quotes\u2019"],
-    "accents": ["caf\u00e9 na\u00efve \u00c5ngstr\u00f6m", "cafe\u0301 nai\u0308ve A\u030angstro\u0308m",
-                "\u1e9b\u0323 s\u0323\u0307", "\u212b \u00c5 A\u030a", "\u0301 alone", "\ufb01sh \ufb00 \u01c4",
-                "\u00df \u1e9e \u0130stanbul \u0131i", "\u039f\u0394\u039f\u03a3 \u03bf\u03b4\u03bf\u03c2", "sch\u00c3\u00b6n",
-                "soft\u00adhyphen"],
-    "scripts": ["\u041f\u0420\u0418\u0412\u0415\u0422 \u043c\u0438\u0440", "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8",
-                "\u30ab\u3099 \u30ac", "\ud55c\uad6d\uc5b4 \u1112\u1161\u11ab", "\u4e2d\u6587\uff0c\u6807\u70b9\u3002",
-                "\U00020bb7\u91ce\u5bb6 \U00010348", "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0645\u064f\u062d\u064e\u0645\u0651\u064e\u062f",
-                "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22 \u0e19\u0e49\u0e33",
-                "\u05e9\u05c1\u05b8\u05dc\u05d5\u05b9\u05dd"],
-    "signs": ["\U0001f600\U0001f600", "\U0001f469\u200d\U0001f467", "\u2764\ufe0f \u2603\u2602", "1234567890 3.14159 1,000",
-              "\u00bd \u00b2 \u2167 \u0663\u0664 \u4e94", "!!!!!! ... ?!?! ---", "(((word:1.3))) [a|b] {x}",
-              "<tag attr=\"1\"> &amp; &lt;b&gt;", "https://a.b/c?d=e&f#g user@example.org", "$5 \u00a35 \u20ac5 \u00a9 \u2122 \u00b0"],
-    "space and length": ["   \t ", "  a \n b\r\n", "a\u00a0b\u3000c\u2009d\u2028e", "a\u200bb\u200cc\ufeffd", "a\x00b\x1cc\x7fd",
-                         "x" * 300, "a " * 100, f"a {END} b", "<|ENDOFTEXT|> </w> cat</w>",
-                         "red apple " * 37 + "extraordinarily"],
+    "words": [
+        "", "a photo of a cat", "A PHOTO of a Cat", "a cat, a dog; a fish. really?!", "cat's dog'll I'm we've",
+        "DON'T WE'VE THEY'RE he'd", "''s'd", "rock'n'roll o'clock", "x-ray co-op a_b_c",
+        "it\u2019s \u201ccurly\u201d \u2018quotes\u2019"],
+    "accents": [
+        "caf\xe9 na\xefve \xc5ngstr\xf6m", "cafe\u0301 nai\u0308ve A\u030angstro\u0308m",
+        "\u1e9b\u0323 s\u0323\u0307", "\u212b \xc5 A\u030a", "\u0301 alone", "\ufb01sh \ufb00 \u01c4",
+        "\xdf \u1e9e \u0130stanbul \u0131i", "\u039f\u0394\u039f\u03a3 \u03bf\u03b4\u03bf\u03c2", "sch\xc3\xb6n",
+        "soft\xadhyphen"],
+    "scripts": [
+        "\u041f\u0420\u0418\u0412\u0415\u0422 \u043c\u0438\u0440", "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8",
+        "\u30ab\u3099 \u30ac", "\ud55c\uad6d\uc5b4 \u1112\u1161\u11ab", "\u4e2d\u6587\uff0c\u6807\u70b9\u3002",
+        "\U00020bb7\u91ce\u5bb6 \U00010348",
+        "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0645\u064f\u062d\u064e\u0645\u0651\u064e\u062f",
+        "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22 \u0e19\u0e49\u0e33",
+        "\u05e9\u05c1\u05b8\u05dc\u05d5\u05b9\u05dd"],
+    "signs": [
+        "\U0001f600\U0001f600", "\U0001f469\u200d\U0001f467", "\u2764\ufe0f \u2603\u2602", "1234567890 3.14159 1,000",
+        "\xbd \xb2 \u2167 \u0663\u0664 \u4e94", "!!!!!! ... ?!?! ---", "(((word:1.3))) [a|b] {x}",
+        '<tag attr="1"> &amp; &lt;b&gt;', "https://a.b/c?d=e&f#g user@example.org",
+        "$5 \xa35 \u20ac5 \xa9 \u2122 \xb0"],
+    "space and length": [
+        "   \t ", "  a \n b\r\n", "a\xa0b\u3000c\u2009d\u2028e", "a\u200bb\u200cc\ufeffd", "a\x00b\x1cc\x7fd",
+        "x" * 300, "a " * 100, f"a {END} b", "<|ENDOFTEXT|> </w> cat</w>", "red apple " * 37 + "extraordinarily"],
 }
 
 

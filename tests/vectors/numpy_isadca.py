@@ -239,4 +239,6 @@ def rules(network, t, lam, seen, image, settings):
         return mix_self(q, k, v, *seen[name], lam, mode) if name in controlled else plain(name, q, k, v)
     if not settings["k"] < t <= settings["t_start"]:
         return [plain]
-    return [both] if settings["mix"] == "attention" else [isa_branch, dca_branch]
+    if settings["mix"] == "attention":
+        return [both]
+    return [isa_branch] if lam == 1 else [dca_branch] if lam == 0 else [isa_branch, dca_branch]

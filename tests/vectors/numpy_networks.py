@@ -110,7 +110,8 @@ class UNet:
         self.groups, self.heads = config["norm_num_groups"], config["attention_head_dim"]
 
     def attend_layer(self, w, x, context, attend):
-        q, k, v = (split(w(name).linear(y), self.heads) for name, y in (("to_q", x), ("to_k", context), ("to_v", context)))
+        inputs = ("to_q", x), ("to_k", context), ("to_v", context)
+        q, k, v = (split(w(name).linear(y), self.heads) for name, y in inputs)
         return w("to_out.0").linear(merge(attend(w.prefix[:-1], q, k, v)))
 
     def transformer(self, w, x, context, attend):

@@ -155,7 +155,8 @@ def pool(x, size):
 
 
 ALEX = [0, "tap", "pool", 3, "tap", "pool", 6, "tap", 8, "tap", 10, "tap"]
-VGG = [0, 2, "tap", "pool", 5, 7, "tap", "pool", 10, 12, 14, "tap", "pool", 17, 19, 21, "tap", "pool", 24, 26, 28, "tap"]
+VGG = [0, 2, "tap", "pool", 5, 7, "tap", "pool", 10, 12, 14, "tap", "pool", 17, 19, 21, "tap", "pool",
+       24, 26, 28, "tap"]
 
 
 def lpips(a, b, kind, trunk, heads):
