@@ -12,7 +12,7 @@ from PIL import Image
 from isadca import attention as kernels, ddim, loop, methods
 from isadca.networks import layers
 from isadca.networks.model import Model
-from isadca.reference import Reference, invert as invert_picture
+from isadca.reference import Reference, initial_latents, invert as invert_picture
 from isadca_networks import (adapter_of, adapter_order, clip_image, clip_pixels, clip_text, clip_text_embed, exact_time,
                              image_keys_values, image_tokens, lpips, network, sifid, ssim, tensors, tokenize, unet,
                              unet_with_image, vae_decode, vae_encode, vae_pixels)
@@ -50,8 +50,8 @@ def isa_layer(x, x_ref, w_q, w_k, w_v, heads):
     module, kv = layer(heads, None, w_q, w_k, w_v), {}
     module.site = HERE_SELF
     x, x_ref = tensors(x, x_ref)
-    module(x_ref, x_ref, kernels.capture(kv), (1, 1))
-    return module(x, x, kernels.isa(kv), (1, 1))
+    module(x_ref, x_ref, kernels.capture(kv))
+    return module(x, x, kernels.isa(kv))
 
 
 def dca(q, k, v, k_ip, v_ip, scale):
@@ -64,37 +64,37 @@ def dca_layer(x, text, image, w_q, w_k, w_v, w_k_ip, w_v_ip, heads):
     module.site = HERE_CROSS
     x, text, image, w_k_ip, w_v_ip = tensors(x, text, image, w_k_ip, w_v_ip)
     kv = [layers.split_heads(image @ w.T, heads) for w in (w_k_ip, w_v_ip)]
-    return module(x, text, kernels.dca({"here": kv}), (1, 1))
+    return module(x, text, kernels.dca({"here": kv}))
+
+
+def controls(method, lam, z=None, ref_kv=None, ip_kv=None, context=None):
+    """What one step of the package's loop is made of; its guidance halves are the rows of `context`."""
+    told = loop.Conditions(torch.zeros(1, 1, 1) if context is None else context, [], ip_kv or {})
+    z = torch.zeros(1, 4, 1, 1) if z is None else z
+    return loop.Controls(z=z, t=500, i=0, steps=1, lam=lam, conditions=told, ref_kv=ref_kv or {}, ref_eps=None,
+                         mask=None, method=method, kernel=kernels.attend)
 
 
 def mix_noise(eps_isa, eps_dca, lam):
-    """The package mixes inside `predict`, so that is called, with a model whose two branches give these."""
-    given = torch.cat(tensors(eps_isa, eps_dca))
+    """The package mixes in `predict`, so that is called, with a model whose branches give these."""
+    isa_noise, dca_noise = tensors(eps_isa, eps_dca)
 
     class Both:
-        schedule = ddim.Schedule()
-
         def noise(self, z, t, context, attend):
-            return given if lam not in (0, 1) else tensors(eps_isa, eps_dca)[0 if lam == 1 else 1]
-    told = loop.Conditions(torch.zeros(1, 1, 1), {})
-    method = methods.Method(lam=lam, guidance=1.0)
-    return loop.predict(Both(), torch.zeros(*eps_isa.shape), 500, told, None, method, kernels.attend).mixed
-
-
-def controls(lam, method, ref_kv=None, ip_kv=None):
-    return loop.Controls(500, lam, ref_kv or {}, ip_kv or {}, method, kernels.attend)
+            return isa_noise if lam == 1 else dca_noise if lam == 0 else torch.cat([isa_noise, dca_noise])
+    return loop.predict(Both(), controls(methods.Method(lam=lam, guidance=1.0), lam, z=isa_noise)).mixed
 
 
 def mix_self(q, k, v, k_ref, v_ref, lam, mode):
     q, k, v, *ref = tensors(q, k, v, k_ref, v_ref)
     method = methods.Method(mix="attention", replace_above=0 if mode == "replace" else 1000)
-    return loop.mix_in_attention(controls(lam, method, ref_kv={"here": ref}))(q, k, v, HERE_SELF)
+    return loop.mix_in_attention(controls(method, lam, ref_kv={"here": ref}))(q, k, v, HERE_SELF)
 
 
 def mix_cross(q, k, v, k_ip, v_ip, lam, scale):
     q, k, v, *image = tensors(q, k, v, k_ip, v_ip)
     method = methods.Method(mix="attention", ip_scale=scale)
-    return loop.mix_in_attention(controls(lam, method, ip_kv={"here": image}))(q, k, v, HERE_CROSS)
+    return loop.mix_in_attention(controls(method, lam, ip_kv={"here": image}))(q, k, v, HERE_CROSS)
 
 
 def lam_of(lam):
@@ -109,7 +109,7 @@ def lambda_at(lam, t, T):
 
 
 def guide(eps_u, eps_c, m):
-    return loop.guide(torch.cat(tensors(eps_u, eps_c)), 2, m)
+    return loop.guide(tensors(eps_u, eps_c), m)
 
 
 def adain(x, ref):
@@ -125,7 +125,7 @@ def renew(z, noise, d, seed):
 
 
 def start(z, method, *seeds):
-    return loop.initial_latents(Reference(None, *tensors(z)), loop.Run("", method, seeds))
+    return initial_latents(Reference(None, *tensors(z)), method, seeds)
 
 
 # ---- DDIM ------------------------------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ def timestep_embedding(t, dim):
 # ---- the method ------------------------------------------------------------------------------------------------
 
 class Given(Model):
-    """A model that is told contexts and image tokens instead of prompts and a picture."""
+    """A model that is told the reference's context and the image's tokens instead of a prompt and a picture."""
 
     def context(self, prompts):
-        return torch.cat([self.files[prompt] for prompt in prompts])
+        return self.files["source"]
 
     def image_tokens(self, image=None, embeds=None):
         return self.files["tokens"]
@@ -203,21 +203,22 @@ class Given(Model):
 
 def model(adapter=None, **told):
     told = {name: torch.from_numpy(x) for name, x in told.items()}
-    return Given(network("unet"), network("vae"), network("text"), None, ddim.Schedule(), None,
-                 adapter and adapter_of(adapter), torch.device("cpu"), torch.float64, told)
+    return Given(unet=network("unet"), vae=network("vae"), text=network("text"), tokenizer=None, vision=None,
+                 schedule=ddim.Schedule(), ip_adapter=adapter and adapter_of(adapter), device=torch.device("cpu"),
+                 dtype=torch.float64, files=told)
 
 
 @exact_time
 def invert(weights, config, z0, source, steps):
-    return invert_picture(model(source=source, z0=z0), Image.new("RGB", (8, 8)), steps, "source").chain
+    return invert_picture(model(source=source, z0=z0), Image.new("RGB", (8, 8)), steps).chain
 
 
 @exact_time
 def algorithm1(weights, config, adapter, chain, context, source, tokens, settings, z_T, init, seeds):
-    told = model(adapter, negative=context[:1], prompt=context[1:], source=source, tokens=tokens)
+    negative, prompt, chain = tensors(*context, chain)
     settings = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
     method = methods.Method(init=init, **settings | {"lam": lam_of(settings["lam"])})
-    run, path = loop.Run("prompt", method, tuple(seeds), "negative"), []
-    ref = Reference(None, torch.from_numpy(chain), "source")
-    [z_0] = loop.sample(told, ref, [run], on_step=lambda run, t, z, noise: path.append(z))
+    run, path = loop.Run(prompt, method, tuple(seeds), negative), []
+    [z_0] = loop.sample(model(adapter, source=source, tokens=tokens), Reference(None, chain), [run],
+                        on_step=lambda run, t, z, noise: path.append(z))
     return torch.stack([*path, z_0])

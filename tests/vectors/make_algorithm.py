@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from cases import Case, File
-from make_ddim import grid, level_at, move
 from make_loop import Mistakes, Model, Settings, counted_phases, denoise, invert
 from make_networks import stored
 
@@ -100,7 +99,7 @@ def algorithm_cases(scene):
         yield scene.case(name, settings, init, steps, mistakes=extra.get(name))
     k = replace(VARIANTS["K 333, a step of the grid"], k=332)
     start = replace(VARIANTS["control from 665 down"], t_start=664)
-    alone, aligned = VARIANTS["reference alone above 333"], VARIANTS["noise alignment above 400"]
+    alone = VARIANTS["reference alone above 333"]
     extra = {
         "K 333, a step of the grid": {"control is on for t = K, too; it is on for t > K": k},
         "control from 665 down": {"control is off at t_start; it is on for t <= t_start": start},

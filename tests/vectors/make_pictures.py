@@ -3,8 +3,6 @@
 The resampling is Pillow's: bicubic with a = -1/2, widened when it shrinks, rounded to 8 bits after each direction.
 """
 
-import math
-
 import numpy as np
 
 from cases import Case

@@ -1,10 +1,9 @@
 """The conformance vectors: isadca and the NumPy oracle pass them, a wrong implementation fails each, and they are what
-make.py makes. Their specification is tests/vectors/README.md."""
+make.py makes. README.md specifies them."""
 
 import ast
 import inspect
 import re
-import sys
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
@@ -12,14 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-VECTORS = Path(__file__).parent / "vectors"
-sys.path.insert(0, str(VECTORS))
-
 import isadca_adapter
 import numpy_isadca
 import run
 import wrong_adapter
-from cases import File, distance, read_all
+from cases import HERE as VECTORS, File, distance, read_all
 
 CASES = defaultdict(list)
 for case in read_all():
