@@ -124,6 +124,10 @@ def renew(z, noise, d, seed):
     return start(z, methods.Method(diversity=d), seed)
 
 
+def match_moments(z, noise, seed):
+    return start(z, methods.Method(init="gaussian"), seed)
+
+
 def start(z, method, *seeds):
     return initial_latents(Reference(None, *tensors(z)), method, seeds)
 
@@ -186,10 +190,10 @@ def timestep_embedding(t, dim):
 # ---- the method ------------------------------------------------------------------------------------------------
 
 class Given(Model):
-    """A model that is told the reference's context and the image's tokens instead of a prompt and a picture."""
+    """A model that is told the reference's contexts and the image's tokens instead of prompts and a picture."""
 
     def context(self, prompts):
-        return self.files["source"]
+        return torch.cat([self.files[prompt or "empty"] for prompt in prompts])
 
     def image_tokens(self, image=None, embeds=None):
         return self.files["tokens"]
@@ -210,15 +214,16 @@ def model(adapter=None, **told):
 
 @exact_time
 def invert(weights, config, z0, source, steps):
-    return invert_picture(model(source=source, z0=z0), Image.new("RGB", (8, 8)), steps).chain
+    return invert_picture(model(source=source, z0=z0), Image.new("RGB", (8, 8)), steps, "source").chain
 
 
 @exact_time
-def algorithm1(weights, config, adapter, chain, context, source, tokens, settings, z_T, init, seeds):
+def algorithm1(weights, config, adapter, chain, context, source, empty, tokens, settings, z_T, init, seeds):
     negative, prompt, chain = tensors(*context, chain)
     settings = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
     method = methods.Method(init=init, **settings | {"lam": lam_of(settings["lam"])})
     run, path = loop.Run(prompt, method, tuple(seeds), negative), []
-    [z_0] = loop.sample(model(adapter, source=source, tokens=tokens), Reference(None, chain), [run],
+    told = model(adapter, source=source, empty=empty, tokens=tokens)
+    [z_0] = loop.sample(told, Reference(None, chain, "source"), [run],
                         on_step=lambda run, t, z, noise: path.append(z))
     return torch.stack([*path, z_0])

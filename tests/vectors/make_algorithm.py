@@ -15,6 +15,7 @@ PRESETS = {  # settings, where z_T comes from, steps
     "isadca": (Settings(), "inverted", 6),
     "rival": (RIVAL, "shuffle", 50),
     "rival-edit": (replace(RIVAL, t_start=901), "inverted", 12),
+    "rival-variation": (replace(RIVAL, t_start=1000, guidance=5.0, ref_rows=2), "shuffle", 6),
     "ip-adapter": (Settings(lam=0.0, guidance=7.5), "random", 6),
     "masactrl": (Settings(lam=1.0, guidance=7.5, replace_above=-1, t_start=901, layers=(-6, -5, -4, -3, -2, -1),
                           ip_scale=0.0), "inverted", 12),
@@ -45,6 +46,7 @@ class Scene:
         tokens = self.model.project(torch.from_numpy(np.concatenate([0 * features, features]))).numpy()
         context = rng.standard_normal((2, 5, 12))
         self.given = dict(context=context, source=rng.standard_normal((1, 5, 12)), tokens=tokens)
+        self.given["empty"] = rng.standard_normal((1, 5, 12))
         self.chains = {steps: invert(self.model, self.z0, self.given["source"], steps) for steps in (6, 12, 50)}
 
     def start(self, init, seed, steps):
@@ -94,7 +96,9 @@ COMMON = {
 
 
 def algorithm_cases(scene):
-    extra = {"isadca": COMMON}
+    one_row = replace(PRESETS["rival-variation"][0], ref_rows=1)
+    extra = {"isadca": COMMON, "rival-variation": {
+        "both guidance halves read the reference of the prompt; the unconditional one has its own": one_row}}
     for name, (settings, init, steps) in PRESETS.items():
         yield scene.case(name, settings, init, steps, mistakes=extra.get(name))
     k = replace(VARIANTS["K 333, a step of the grid"], k=332)

@@ -165,6 +165,11 @@ def noise_cases(rng):
                    EXACT, {"cell i went to order[i], it has to come from there": scattered.reshape(z.shape),
                            "the cells are numbered column by column": columnwise(z, order)})
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).numpy()
+    z = 2 + 3 * z
+    mean, std = z.mean((2, 3), keepdims=True), z.std((2, 3), ddof=1, keepdims=True)
+    yield Case("match_moments", "per channel", dict(z=z, noise=noise, seed=5), mean + std * noise, EXACT, {
+        "the variance is divided by n, not by n - 1": mean + z.std((2, 3), keepdims=True) * noise,
+        "all channels share one mean and deviation": z.mean() + z.std(ddof=1) * noise})
     yield Case("renew", "a third", dict(z=z, noise=noise, d=1 / 3, seed=5),
                math.sqrt(2 / 3) * z + math.sqrt(1 / 3) * noise, EXACT,
                {"the weights are not the roots: the variance shrinks": 2 / 3 * z + 1 / 3 * noise})

@@ -25,6 +25,7 @@ class Settings:
     replace_above: int = 1000
     adain_above: int = 1000
     layers: tuple | None = None
+    ref_rows: int = 1
     ip_scale: float = 1.0
 
 
@@ -61,16 +62,19 @@ class Model:
         self.rule = rule
         return self.unet(torch.from_numpy(z), t, torch.from_numpy(context)).sample.numpy()
 
-    def see(self, z, t, context, key):
-        """Keys and values of every self-attention in a plain pass over one latent, and the noise."""
+    def see(self, chain, at, t, given, rows):
+        """Keys and values of every self-attention in a plain pass over one latent of the chain, and the noise. With
+        two rows, the first is prompted with the empty text; the noise is that of the last."""
+        key = len(chain), at, t, rows
         if key not in self.seen:
+            z, context = chain[at: at + 1], np.concatenate([given["empty"], given["source"]][-rows:])
             kv = {}
 
             def capture(name, q, k, v):
                 kv[name] = (k, v)
                 return attend(q, k, v)
-            eps = self.noise(z, t, context, capture)
-            self.seen[key] = kv, eps
+            eps = self.noise(np.repeat(z, rows, 0), t, context, capture)
+            self.seen[key] = kv, eps[-1:]
         return self.seen[key]
 
 
@@ -184,9 +188,9 @@ def denoise(model, chain, given, settings, z, wrong=Mistakes()):
     steps, path = len(chain) - 1, [z]
     for i, (t, below) in enumerate(grid(steps, 1)):
         at = min(steps - i + wrong.late, steps)
-        kv, ref_eps = model.see(chain[at: at + 1], t, given["source"], (steps, at, t))
+        kv, ref_eps = model.see(chain, at, t, given, settings.ref_rows)
         if wrong.inverting:
-            kv, _ = model.see(chain[at - 1: at], t, given["source"], (steps, at - 1, t))
+            kv, _ = model.see(chain, at - 1, t, given, settings.ref_rows)
         kv = None if wrong.no_reference else kv
         eps = predict(model, path[-1], t, kv, ref_eps, given, settings, wrong)
         path.append(move(path[-1], eps, level_at(t), level_at(below)))
@@ -201,7 +205,7 @@ def counted_phases(model, chain, given, settings, z):
     counter = 1000 - stride * steps
     for i, (t, below) in enumerate(grid(steps, 1)):
         counter -= stride
-        kv, ref_eps = model.see(chain[steps - i: steps - i + 1], t, given["source"], (steps, steps - i, t))
+        kv, ref_eps = model.see(chain, steps - i, t, given, settings.ref_rows)
         eps = predict(model, path[-1], t, kv, ref_eps, given, settings, Mistakes(phase_shift=counter + 1 - t))
         path.append(move(path[-1], eps, level_at(t), level_at(below)))
         counter = 1000 if counter <= 0 else counter

@@ -123,7 +123,7 @@ def sifid(a, b, inception, over=1):
 
 def cases():
     rng = np.random.default_rng(25)
-    y, x, c = np.meshgrid(np.arange(48), np.arange(40), np.arange(3), indexing="ij")
+    y, x, c = np.meshgrid(np.arange(36), np.arange(32), np.arange(3), indexing="ij")
     a = np.sin(0.2 * x + c) * np.cos(0.15 * y)
     b = (0.8 * np.sin(0.2 * x + c + 0.4) * np.cos(0.17 * y) + 0.15 * rng.standard_normal(a.shape)).clip(-1, 1)
     a, b = (np.round(p.transpose(2, 0, 1)[None] * 127.5) / 127.5 for p in (a, b))

@@ -81,6 +81,10 @@ def shuffle(z, order, seed=None):
     return z.reshape(*z.shape[:2], -1)[:, :, order].reshape(z.shape)
 
 
+def match_moments(z, noise, seed=None):
+    return z.mean((2, 3), keepdims=True) + z.std((2, 3), ddof=1, keepdims=True) * noise
+
+
 def renew(z, noise, d, seed=None):
     return math.sqrt(1 - d) * z + math.sqrt(d) * noise
 
@@ -180,26 +184,28 @@ def invert(weights, config, z0, source, steps):
     return np.concatenate(chain)
 
 
-def algorithm1(weights, config, adapter, chain, context, source, tokens, settings, z_T, init, seeds):
+def algorithm1(weights, config, adapter, chain, context, source, empty, tokens, settings, z_T, init, seeds):
     network, T = UNet(weights, config), len(chain) - 1
     image = image_keys_values(adapter, config, tokens)
+    prompts = source if settings["ref_rows"] == 1 else np.concatenate([empty, source])
     path = [z_T]
     for i, (t, t_prev) in enumerate(timesteps(T, 1)):
-        seen, eps_ref = see(network, chain[T - i: T - i + 1], t, source)
+        seen, eps_ref = see(network, chain[T - i: T - i + 1], t, prompts)
         z = [step(network, row[None], t, t_prev, seen, eps_ref, image, context, settings) for row in path[-1]]
         path.append(np.concatenate(z))
     return np.stack(path)
 
 
-def see(network, z, t, source):
-    """The keys and values of every self-attention over the reference, by name, and its noise."""
+def see(network, z, t, prompts):
+    """The keys and values of every self-attention over the reference, by name, and the last row's noise."""
     seen = {}
 
     def attend(name, q, k, v):
         if name.endswith("attn1"):
             seen[name] = k, v
         return attention(q, k, v)
-    return seen, network(z, [t], source, attend)
+    rows = len(prompts)
+    return seen, network(np.repeat(z, rows, axis=0), [t] * rows, prompts, attend)[-1:]
 
 
 def step(network, z, t, t_prev, seen, eps_ref, image, context, settings):

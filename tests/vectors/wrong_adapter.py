@@ -74,6 +74,10 @@ def shuffle(z, order, seed):
     return right.shuffle(z, np.argsort(order))
 
 
+def match_moments(z, noise, seed):
+    return z.mean((2, 3), keepdims=True) + z.std((2, 3), keepdims=True) * noise
+
+
 def renew(z, noise, d, seed):
     return (1 - d) * z + d * noise
 
