@@ -67,12 +67,12 @@ def dca_layer(x, text, image, w_q, w_k, w_v, w_k_ip, w_v_ip, heads):
     return module(x, text, kernels.dca({"here": kv}))
 
 
-def controls(method, lam, z=None, ref_kv=None, ip_kv=None, context=None):
-    """What one step of the package's loop is made of; its guidance halves are the rows of `context`."""
-    told = loop.Conditions(torch.zeros(1, 1, 1) if context is None else context, [], ip_kv or {})
-    z = torch.zeros(1, 4, 1, 1) if z is None else z
-    return loop.Controls(z=z, t=500, i=0, steps=1, lam=lam, conditions=told, ref_kv=ref_kv or {}, ref_eps=None,
-                         mask=None, method=method, kernel=kernels.attend)
+def controls(method, lam, z=None, ref_kv=None, ip_kv=None):
+    """What one step of the package's loop is made of, without guidance; what is not read here is None."""
+    told = dict.fromkeys(loop.Conditions._fields) | dict(context=torch.zeros(1, 1, 1), ip_kv=ip_kv or {})
+    step = dict(t=500, lam=lam, z=torch.zeros(1, 4, 1, 1) if z is None else z, conditions=loop.Conditions(**told),
+                ref_kv=ref_kv or {}, method=method, kernel=kernels.attend)
+    return loop.Controls(**dict.fromkeys(loop.Controls._fields) | step)
 
 
 def mix_noise(eps_isa, eps_dca, lam):
