@@ -1,4 +1,4 @@
-"""`--systems isadca,rival:guidance=5;init=inverted,mine.py:idea`: names and own code, each with fields changed."""
+"""`--systems isadca,rival:guidance=5:init=inverted,mine.py:idea`: names and own code, each with fields changed."""
 
 import re
 from dataclasses import fields, replace
@@ -31,7 +31,7 @@ def _parse(text: str) -> System:
         return system
     if not isinstance(system.method, Method):
         raise Problem(f"--systems has {text!r}, but {base} is not a method of the loop and has no fields to change")
-    values = dict(_field(change, text) for change in changes.split(";"))
+    values = dict(_field(change, text) for change in re.split(r":(?=[\w-]+=)", changes))
     return System(text, text, replace(system.method, **values), code=system.code)
 
 
@@ -39,7 +39,7 @@ def _field(change: str, text: str) -> tuple[str, Any]:
     name, _, value = change.partition("=")
     name = name.strip().replace("-", "_")
     if name not in KNOBS:
-        raise Problem(f"--systems has {text!r}, expected NAME:FIELD=VALUE;FIELD=VALUE, the fields being "
+        raise Problem(f"--systems has {text!r}, expected NAME:FIELD=VALUE:FIELD=VALUE, the fields being "
                       f"{', '.join(KNOBS)}")
     try:
         parse: Any = PARSERS.get(name, type(KNOBS[name].default))

@@ -98,7 +98,7 @@ def describe(model: Model, pairs: list[Pair], steps: int, ranks: int) -> dict[st
     networks = {kind: getattr(model, kind) for kind in ("unet", "vae", "text", "vision")}
     return {"pairs": text_sha256(repr([(files[pair.reference], pair.prompt) for pair in pairs])),
             "steps": steps, "size": model.size, "dtype": str(model.dtype), "device": model.device.type, "ranks": ranks,
-            "threads": torch.get_num_threads() if model.device.type == "cpu" else 0,
+            "CPU threads": torch.get_num_threads() if model.device.type == "cpu" else 0,
             **{f"{kind} weights": sha256(path) for kind, path in model.files.items()},
             **{f"{kind} config": repr(net.config) for kind, net in networks.items() if net is not None},
             "scheduler": repr(model.schedule.config),

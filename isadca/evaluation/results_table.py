@@ -71,9 +71,11 @@ def about_run(items: list[Item], model: Model, steps: int, weights: Path, comman
     world = ("**Figures of the demo world** (64 × 64 pictures of emoji, a small model, and small metric networks that "
              "were trained in that world): they say nothing about Stable Diffusion 1.5, and only their order can be "
              "looked at beside the paper's. " if weights == default_weights() else "")
+    plural = lambda n, word: f"{n} {word}{'s' * (n != 1)}"
     device = (torch.cuda.get_device_name(model.device) if model.device.type == "cuda"
-              else f"{torch.get_num_threads()} threads ({platform.machine()})")
-    pairs, seeds = (len({getattr(item, field) for item in items}) for field in ("index", "seed"))
-    return (f"{world}{pairs} pairs, {seeds} seed{'s' * (seeds > 1)}, {steps} steps, {model.size} × {model.size}, "
+              else f"{plural(torch.get_num_threads(), 'thread')} ({platform.machine()})")
+    pairs, seeds = {item.index for item in items}, {item.seed for item in items}
+    return (f"{world}{plural(len(pairs), 'pair')}, {plural(len(seeds), 'seed')}, {plural(steps, 'step')}, "
+            f"{model.size} × {model.size}, "
             f"weights {weights.name} in {str(model.dtype).removeprefix('torch.')}; mean ± standard error over pairs. "
             f"`{command}`, {device}, torch {torch.__version__}, {datetime.date.today()}.")

@@ -36,7 +36,7 @@ def _of_method(method: Method) -> System:
     known = system_of(method.name)
     differs = [f"{field.name}={getattr(method, field.name)}" for field in fields(Method)
                if field.name != "source" and getattr(method, field.name) != getattr(known.method, field.name)]
-    name = f"{method.name}:{';'.join(differs)}"
+    name = f"{method.name}:{':'.join(differs)}"
     return System(name, name, method) if differs else known
 
 

@@ -93,7 +93,7 @@ def lacks(system: System, model: Model, weights: Path) -> str:
     """Why a system is not available; empty if it is."""
     if system.needs and not find_extra(weights, system.needs):
         return f"has no {system.needs} in it or beside it"
-    wants_image = isinstance(system.method, Method) and system.method.wants_image
+    wants_image = system.method.wants_image if isinstance(system.method, Method) else system.needs == "prior"
     return "has no IP-Adapter" if wants_image and model.ip_adapter is None else ""
 
 

@@ -62,7 +62,7 @@ def test_what_changed_is_named(demo, tmp_path):
     for word, model, steps, ranks in changed(demo):
         with pytest.raises(Problem, match=f"begun with other .*{word}.*choose another -o"):
             check_settings(tmp_path, describe(model, [ITEM.pair], steps, ranks), {})
-    for word, value in [("pairs", "x"), ("vocabulary", "x"), ("unet config", "x"), ("threads", 99), ("new key", 1)]:
+    for word, value in [("pairs", "x"), ("vocabulary", "x"), ("unet config", "x"), ("CPU threads", 99), ("new key", 1)]:
         with pytest.raises(Problem, match=f"begun with other {word};"):
             check_settings(tmp_path, begun | {word: value}, {})
     with pytest.raises(Problem, match="begun with other b;"):

@@ -138,6 +138,7 @@ def test_what_is_missing_is_named(demo, tmp_path):
                for name, system in systems.SYSTEMS.items()}
     assert [name for name, why in lacking.items() if not why] == ["rival"]
     assert lacking["isadca"] == "has no IP-Adapter" and lacking["isadca-prior"].startswith("has no prior in it")
+    assert systems.lacks(systems.SYSTEMS["isadca-prior"], replace(demo, ip_adapter=None), DEMO) == "has no IP-Adapter"
     assert not any(systems.lacks(system, demo, DEMO) for system in systems.SYSTEMS.values())
     with pytest.raises(Problem, match="has no controlnet-shuffle in it or beside it.*weights/README.md"):
         draws("controlnet-shuffle", demo, tmp_path)
