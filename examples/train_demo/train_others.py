@@ -23,7 +23,7 @@ from train_demo import Diffusion, image_embeds, main
 
 from isadca.common.images import save_png
 from isadca.evaluation.controlnet import ControlNet, shuffle_content
-from isadca.evaluation.prior import Prior, PriorConfig, alpha_bar, condition
+from isadca.evaluation.prior import Prior, PriorConfig, alpha_bar, text_condition
 from isadca.networks.clip import CLIPText
 from isadca.networks.unet import UNet
 
@@ -96,7 +96,7 @@ def train_prior(studio: Studio, plan: Plan) -> None:
     def loss(net, rng):
         index = rng.integers(SCENES, size=plan.batch // RANKS)
         with torch.no_grad():
-            told = condition(text, studio.tokenizer, studio.texts(index, rng, 0.1))
+            told = text_condition(text, studio.tokenizer, studio.texts(index, rng, 0.1))
         x0, t = (embeds[index] - mean) / std, torch.randint(0, 1000, (len(index),), device=embeds.device)
         level = levels[t][:, None]
         return (net(level.sqrt() * x0 + (1 - level).sqrt() * torch.randn_like(x0), t, told) - x0).square().mean()

@@ -10,7 +10,7 @@ import shlex
 import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..common.files import sha256
 from ..common.problem import Problem
@@ -110,7 +110,8 @@ def _download(item: Pinned, part: Path) -> None:
         if file.tell() == item.size:
             return
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # the bytes that are counted and resumed
-        http_get(url, Bounded(file, item), resume_size=file.tell(), headers=headers, expected_size=item.size,
+        bounded: Any = Bounded(file, item)  # as much of a file as http_get uses
+        http_get(url, bounded, resume_size=file.tell(), headers=headers, expected_size=item.size,
                  displayed_filename=item.file)
 
 

@@ -18,14 +18,14 @@ from ..common.problem import Problem
 from ..common.progress import Progress, silent
 from ..loading.load import default_weights, load
 from ..networks.model import Model
-from .judge import METRICS, Judge, lacks as metric_lacks
+from .judge import METRICS, Judge, metric_lacks
 from .pairs import Pair, read_pairs
 from .processes import join, own_device, wait_for_others
 from .results_csv import to_csv
 from .results_folder import Item, Numbers, check_apart, check_settings, code_sha256, file_name, text_sha256
 from .results_grids import FIG_4, grid
 from .results_table import about_run, overhead, to_markdown
-from .system_values import fingerprint, system_of
+from .system_values import system_fingerprint, system_of
 from .systems import SYSTEMS, Draw, System, find_extra, lacks, make_draw
 
 CODE = ("*.py", "networks/*.py", "evaluation/[!r]*.py")  # what makes pictures and numbers: all but results_*
@@ -119,7 +119,7 @@ def _make(items: list[Item], draws: dict[System, Draw], judge: Judge, out: Path,
           tell: Callable[[str], None]) -> None:
     """Make and measure what is not there, was made by other code, or is damaged."""
     code = code_sha256(CODE)
-    made_by = {item.system: text_sha256(code + fingerprint(item.system)) for item in items}
+    made_by = {item.system: text_sha256(code + system_fingerprint(item.system)) for item in items}
     stale = {item for item in items if item.load(out, size, made_by[item.system]) is None}
     todo = [item for item in items if item in stale or not {"seconds", *judge.names} <= item.numbers(out).keys()]
     if other := sum(item.picture(out).exists() for item in stale):

@@ -25,7 +25,7 @@ METRICS = {"lpips-alex": ("LPIPS (alex)", False, ("alex.safetensors", "lpips-ale
            "clipscore": ("CLIPScore", True, ("clip",))}
 
 
-def lacks(metric: str, folder: Path) -> str:
+def metric_lacks(metric: str, folder: Path) -> str:
     """Why a metric cannot be had; empty where it can."""
     return next((f"{folder / file}: no such file" for file in METRICS[metric][2] if not (folder / file).exists()), "")
 
@@ -39,7 +39,7 @@ class Judge:
         for name in names:
             if name not in METRICS:
                 raise Problem(f"metric is {name!r}, expected one of {', '.join(METRICS)}")
-            if why := lacks(name, folder):
+            if why := metric_lacks(name, folder):
                 raise Problem(f"{why}, which the metric {name} needs; see weights/README.md for where people get it, "
                               "or leave it out of --metrics")
         self._distances: dict[str, Callable] = {}

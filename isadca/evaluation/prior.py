@@ -132,7 +132,7 @@ def posterior_step(x: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor | N
 def embed_prompt(prior: Prior, encoder: CLIPText, tokenizer: Tokenizer, prompt: str, steps: int = 25,
                  guidance: float = 4.0, seed: int = 0) -> Tensor:
     """An image embedding for a prompt, (1,E): what `image_embeds` of the loop takes. Guided on the predicted x_0."""
-    text, device = condition(encoder, tokenizer, ["", prompt]), prior.clip_mean.device
+    text, device = text_condition(encoder, tokenizer, ["", prompt]), prior.clip_mean.device
     generator = torch.Generator().manual_seed(seed)
     normal = lambda: torch.randn(1, prior.config.embed_dim, generator=generator).to(device, prior.clip_mean.dtype)
     x = normal()
@@ -144,7 +144,7 @@ def embed_prompt(prior: Prior, encoder: CLIPText, tokenizer: Tokenizer, prompt: 
     return x * prior.clip_std + prior.clip_mean
 
 
-def condition(encoder: CLIPText, tokenizer: Tokenizer, prompts: list[str]) -> TextCondition:
+def text_condition(encoder: CLIPText, tokenizer: Tokenizer, prompts: list[str]) -> TextCondition:
     ids = tokenizer(prompts).to(next(encoder.parameters()).device)
     lengths = (ids == encoder.config.vocab_size - 1).int().argmax(1)  # the first end of text belongs to the prompt
     own = torch.arange(ids.shape[1], device=ids.device) <= lengths[:, None]

@@ -40,12 +40,12 @@ class Item(NamedTuple):
             image = load_image(self.picture(results))
         except Problem:
             return None
-        found = read_json(self.picture(results).with_suffix(".json"))
+        found = read_object(self.picture(results).with_suffix(".json"))
         return image if image.size == (size, size) and found.get("made_by") == made_by else None
 
     def numbers(self, results: Path) -> dict[str, float]:
         """Its seconds and its scores, as far as they are known."""
-        found = read_json(self.picture(results).with_suffix(".json"))
+        found = read_object(self.picture(results).with_suffix(".json"))
         return {key: value for key, value in found.items() if type(value) is float and math.isfinite(value)}
 
 
@@ -57,7 +57,7 @@ def file_name(system: str) -> str:
     return plain if len(plain) <= 100 else f"{plain[:80]}-{text_sha256(system)[:12]}"  # 255 is the file system's most
 
 
-def read_json(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     """A JSON object; empty where there is no file, or it holds something else. What is written here is short."""
     try:
         short = path.is_file() and path.stat().st_size < 1 << 20
@@ -87,7 +87,7 @@ def check_settings(results: Path, settings: dict[str, str | int], extras: dict[s
     except OSError as error:
         raise Problem(f"{results}: cannot be made or written ({error.strerror}); choose another -o") from None
     if path.exists():
-        had, had_extras = (read_json(path).get(key) for key in ("settings", "extras"))
+        had, had_extras = (read_object(path).get(key) for key in ("settings", "extras"))
         if not (isinstance(had, dict) and isinstance(had_extras, dict)):
             raise Problem(f"{path}: is damaged, or of another version of isadca; choose another -o")
         changed = [key for key in had | settings if had.get(key) != settings.get(key)]

@@ -40,7 +40,7 @@ def _of_method(method: Method) -> System:
     return System(name, name, method) if differs else known
 
 
-def fingerprint(system: System) -> str:
+def system_fingerprint(system: System) -> str:
     """What a system does, apart from the package's code: the values of its method, and the user's own code."""
     if not isinstance(system.method, Method):
         return system.name

@@ -55,7 +55,7 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
+class CLIPEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
@@ -75,7 +75,7 @@ class TextTransformer(nn.Module):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = CLIPEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.eps)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.width, eps=config.eps)  # (sic) the published key
-        self.encoder = Encoder(config)
+        self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.width, eps=config.eps)
 
 

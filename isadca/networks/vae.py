@@ -12,7 +12,7 @@ from .sizes import VAEConfig
 EPS = 1e-6  # everywhere in the VAE
 
 
-class Block(nn.Module):
+class VAEBlock(nn.Module):
     """Resnets, then a downsample, an upsample or neither."""
 
     def __init__(self, c_in: int, c_out: int, n: int, groups: int, resample: str | None):
@@ -38,13 +38,13 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Encoder(nn.Module):
+class VAEEncoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels, groups, n = config.channels, config.norm_groups, config.layers_per_block
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Block(channels[max(i - 1, 0)], c, n, groups, "down" if i < len(channels) - 1 else None)
+            VAEBlock(channels[max(i - 1, 0)], c, n, groups, "down" if i < len(channels) - 1 else None)
             for i, c in enumerate(channels))
         self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
@@ -57,14 +57,14 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels, groups, n = config.channels[::-1], config.norm_groups, config.layers_per_block + 1
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
         self.up_blocks = nn.ModuleList(
-            Block(channels[max(i - 1, 0)], c, n, groups, "up" if i < len(channels) - 1 else None)
+            VAEBlock(channels[max(i - 1, 0)], c, n, groups, "up" if i < len(channels) - 1 else None)
             for i, c in enumerate(channels))
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.in_channels, 3, padding=1)
@@ -81,8 +81,8 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         c = config.latent_channels
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = VAEEncoder(config)
+        self.decoder = VAEDecoder(config)
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 

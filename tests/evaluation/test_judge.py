@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPTokenizerFast
 from isadca.common.images import clip_pixels, to_tensor
 from isadca.common.problem import Problem
 from isadca.evaluation.clip_pair import load_clip
-from isadca.evaluation.judge import METRICS, Judge, lacks
+from isadca.evaluation.judge import METRICS, Judge, metric_lacks
 from isadca.evaluation.metrics import load_metric, lpips
 from isadca.loading.load import KNOWN_ENCODERS
 from isadca.networks.sizes import CLIPTextConfig
@@ -82,9 +82,9 @@ def test_missing_weights_are_named(tmp_path):
         Judge(("ssim", "sifid"), tmp_path)
     with pytest.raises(Problem, match="metric is 'fid', expected one of lpips-alex"):
         Judge(("fid",), FOLDER)
-    assert [name for name in METRICS if not lacks(name, tmp_path)] == ["ssim", "ssim-luma"]
-    assert "clip: no such file" in lacks("clip-t", tmp_path)
-    assert not any(lacks(name, FOLDER) for name in METRICS)
+    assert [name for name in METRICS if not metric_lacks(name, tmp_path)] == ["ssim", "ssim-luma"]
+    assert "clip: no such file" in metric_lacks("clip-t", tmp_path)
+    assert not any(metric_lacks(name, FOLDER) for name in METRICS)
 
 
 def test_a_clip_without_texts_or_of_two_spaces(tmp_path):

@@ -12,7 +12,7 @@ from isadca.app import cli
 from isadca.app.systems_flag import parse_systems
 from isadca.common.problem import Problem
 from isadca.evaluation import results_folder
-from isadca.evaluation.system_values import fingerprint, system_of
+from isadca.evaluation.system_values import system_fingerprint, system_of
 from isadca.evaluation.systems import SYSTEMS
 from isadca.methods import ISADCA, Linear, Method
 
@@ -99,10 +99,10 @@ def test_a_fingerprint_tells_what_a_system_does():
         return mine
     values = [ISADCA, Method(lam=0.3), Method(lam=Linear(1, 0)), Method(lam=Linear(1, 0.5)), scaled(1), scaled(2),
               scaled([1]), scaled([1]), lambda controls: controls.kernel]
-    found = [fingerprint(system_of(value)) for value in values]
+    found = [system_fingerprint(system_of(value)) for value in values]
     assert len(set(found)) == len(values)  # a list is not looked into: taken for another
-    assert found == [fingerprint(system_of(value)) for value in values]
-    assert fingerprint(system_of(scaled(1))) == found[4]
+    assert found == [system_fingerprint(system_of(value)) for value in values]
+    assert system_fingerprint(system_of(scaled(1))) == found[4]
 
 
 def test_the_packages_code_counts_but_not_its_comments(tmp_path, monkeypatch):
