@@ -193,7 +193,8 @@ class Given(Model):
     """A model that is told the reference's contexts and the image's tokens instead of prompts and a picture."""
 
     def context(self, prompts):
-        return torch.cat([self.files[prompt or "empty"] for prompt in prompts])
+        return torch.cat([self.files[prompt or "empty"] if isinstance(prompt, str) else prompt[None]
+                          for prompt in prompts])
 
     def image_tokens(self, image=None, embeds=None):
         return self.files["tokens"]
