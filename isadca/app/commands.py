@@ -59,17 +59,18 @@ def _vary(session: Session, picture: Picture, method: Method, outs: dict[int, Pa
     """The pictures of one reference, one per seed. In a folder, what is already there is kept."""
     args, began = session.args, perf_counter()
     session.picture, args.ref = picture, str(picture.path)
-    recipes = {seed: session.recipe(n=1, seed=seed, diversity=method.diversity) | {"batch": len(outs)}
-               for seed in outs}
+
+    def recipe(seed: int) -> dict:
+        return session.recipe(n=1, seed=seed, diversity=method.diversity) | {"batch": len(outs)}
     if folder:
-        outs = {seed: path for seed, path in outs.items() if not _there(path, recipes[seed], args.overwrite)}
+        outs = {seed: path for seed, path in outs.items() if not _there(path, recipe(seed), args.overwrite)}
     if not outs:
         return
     session.open(picture)
     runs = [Run(session.prompt(args.prompt), method, tuple(outs), session.prompt(args.negative))]
     pictures = decode(session.model, session.sample(runs)[0])
     for (seed, path), image in zip(outs.items(), pictures):
-        save_png(image, path, recipes[seed])
+        save_png(image, path, recipe(seed))
         log(args.log, picture=str(path), reference=args.ref, prompt=args.prompt, seed=seed,
             seconds=round(perf_counter() - began, 3))
         print(path)

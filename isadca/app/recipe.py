@@ -27,7 +27,8 @@ def inputs_of(files: dict[str, Path], weights: Path, vocabulary: Path) -> dict[s
     found = files | {f"{part} config": path.parent / "config.json" for part, path in files.items()}
     folder = weights if weights.is_dir() else weights.parent
     found["scheduler"] = folder / "scheduler" / "scheduler_config.json"
-    found |= {f"tokenizer/{path.name}": path for path in sorted(vocabulary.glob("*.[jt][sx][ot]*"))}
+    found |= {f"tokenizer/{path.name}": path for path in sorted(vocabulary.iterdir())
+              if path.suffix in (".json", ".txt")}
     return {part: path for part, path in found.items() if path.is_file()}
 
 
@@ -41,8 +42,8 @@ def hash_files(files: dict[str, Path]) -> Future:
 
 def of_inversion(hashes: dict[str, str]) -> dict[str, str]:
     """What an inversion depends on."""
-    parts = {*INVERSION, *(f"{part} config" for part in INVERSION), "scheduler"}
-    return {part: digest for part, digest in hashes.items() if part in parts or part.startswith("tokenizer/")}
+    others = ("vision", "ip_adapter", "prior", "--")
+    return {part: digest for part, digest in hashes.items() if not part.startswith(others)}
 
 
 def fingerprint(hashes: dict[str, str]) -> str:

@@ -78,7 +78,7 @@ FLAGS = {
     "--guidance 1e38": "sampling: inf or NaN from step t = 1 on, in float32; try a smaller --guidance",
     "--diversity 2": "diversity is 2.0, expected 0 to 1", "--seed -1": "--seed is -1, expected 0 to 2^62",
     "--rows-at-once 0": "--rows-at-once is 0, expected", "--replay-at-once 0": "--replay-at-once is 0, expected",
-    "--layers 99": "layers is (99,), expected 0 to", "--layers x": "--layers: 'x', expected such as 10-15",
+    "--layers 99": "layers is (99,), expected some of 0 to", "--layers x": "--layers: 'x', expected such as 10-15",
     "--size 63": "size is 63, expected a multiple of", "--size 0": "size is 0, expected a multiple of",
     "--size 100000": "size is 100000, expected a multiple of 16 up to 4096",
     "--device abacus": "device 'abacus' is not available here; try --device cpu",
