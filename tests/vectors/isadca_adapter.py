@@ -69,7 +69,8 @@ def dca_layer(x, text, image, w_q, w_k, w_v, w_k_ip, w_v_ip, heads):
 
 def controls(method, lam, z=None, ref_kv=None, ip_kv=None):
     """What one step of the package's loop is made of, without guidance; what is not read here is None."""
-    told = dict.fromkeys(loop.Conditions._fields) | dict(context=torch.zeros(1, 1, 1), ip_kv=ip_kv or {})
+    told = dict.fromkeys(loop.Conditions._fields) | dict(context=torch.zeros(1, 1, 1), text_kv=[{}],
+                                                          ip_kv=ip_kv or {})
     step = dict(t=500, lam=lam, z=torch.zeros(1, 4, 1, 1) if z is None else z, conditions=loop.Conditions(**told),
                 ref_kv=ref_kv or {}, method=method, kernel=kernels.attend)
     return loop.Controls(**dict.fromkeys(loop.Controls._fields) | step)
@@ -80,7 +81,7 @@ def mix_noise(eps_isa, eps_dca, lam):
     isa_noise, dca_noise = tensors(eps_isa, eps_dca)
 
     class Both:
-        def noise(self, z, t, context, attend):
+        def noise(self, z, t, context, attend, edit=None):
             return isa_noise if lam == 1 else dca_noise if lam == 0 else torch.cat([isa_noise, dca_noise])
     return loop.predict(Both(), controls(methods.Method(lam=lam, guidance=1.0), lam, z=isa_noise)).mixed
 
