@@ -3,7 +3,7 @@
     python examples/methods/measure.py [FILE.py:NAME ...] [--pairs 20] [--steps 25] [--into examples/methods/README.md]
 
 The judge (../train_demo/demo_judge.py, which shares nothing with the networks that it judges) says whether a variation
-shows the prompt's noun, and the reference R's colour, pattern and style. SSIM is to R. Seconds are of one picture.
+shows the prompt's noun, and the reference R's colour, pattern and style. SSIM is to R. CPU seconds are of one picture.
 """
 
 import argparse
@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "weights" / "demo"
 sys.path.insert(0, str(HERE.parent / "train_demo"))
 PRESETS = ("plain", "ip-adapter", "isadca", "rival-edit", "masactrl")
-HEAD = ("system", "prompt's noun", "R's colour", "R's pattern", "R's style", "SSIM to R", "seconds")
+HEAD = ("system", "prompt's noun", "R's colour", "R's pattern", "R's style", "SSIM to R", "CPU s")
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 shared: dict = {}  # what each process has loaded
 
@@ -69,9 +69,9 @@ def measure(pairs: list[tuple[str, str]]) -> list[tuple]:
     kept = {maps: list(isadca.replay(model, ref, maps=maps)) for maps, ref in refs.items()}
     for name, method in shared["systems"].items():
         for _, prompt in pairs:
-            began, maps = time.monotonic(), method.ref_maps
+            began, maps = time.process_time(), method.ref_maps
             [made] = isadca.vary(model, refs[maps], prompt, method, seeds=(1,), replayed=kept[maps])
-            took, shows = time.monotonic() - began, verdict(made)
+            took, shows = time.process_time() - began, verdict(made)
             shares = [100 * (shows["noun"] == prompt.split()[-1]),
                       *(100 * (shows[name] == seen[name]) for name in ("colour", "pattern", "style"))]
             found.append((name, prompt, picture, made, (*shares, ssim(*map(to_tensor, (made, picture))).item(), took)))

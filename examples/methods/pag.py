@@ -17,7 +17,7 @@ SCALE = 3.0        # s
 
 
 def pag(controls):
-    kernel, m, (*unconditional, text) = controls.kernel, controls.method.guidance, controls.conditions.context.split(1)
+    kernel, m, (*unconditional, text) = controls.kernel, controls.method.guidance, controls.conditions.text_kv
 
     def perturbed(q, k, v, site):
         return v if site.kind == "self" and site.place in PLACES else kernel(q, k, v, site)

@@ -18,7 +18,7 @@ PLACES, SCALE, SIGMA = ("mid",), 3.0, 10.0  # where; s; σ in cells
 
 
 def seg(controls):
-    text, kernel = controls.conditions.context[-1:], controls.kernel
+    text, kernel = controls.conditions.text_kv[-1], controls.kernel
 
     def blurred(q, k, v, site):
         return kernel(blur(q, site.hw) if site.kind == "self" and site.place in PLACES else q, k, v, site)

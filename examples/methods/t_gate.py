@@ -28,7 +28,7 @@ def t_gate(controls):
         return kept[site.name] if site.kind == "cross" else kernel(q, k, v, site)
 
     if controls.i >= gate:
-        return [Guided(controls.conditions.context[-1:], reuse, 0.0)]
+        return [Guided(controls.conditions.text_kv[-1], reuse, 0.0)]
     return keep if controls.i == gate - 1 else kernel
 
 

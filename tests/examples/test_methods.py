@@ -6,6 +6,7 @@ of 7 tokens.
 
 import importlib.util
 import shlex
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ N, HEADS, GRID, TOKENS, WIDTH = 2, 2, (4, 4), 7, 5
 UP = Site("up_blocks.1.attentions.0.transformer_blocks.0.attn1", "self", "up", 9, GRID)
 MID = UP._replace(name="mid_block.attentions.0.transformer_blocks.0.attn1", place="mid", layer=6)
 CROSS = UP._replace(name="up_blocks.1.attentions.0.transformer_blocks.0.attn2", kind="cross")
-CONTEXT = torch.arange(2.0)[:, None, None]  # what tells the halves apart
+HALVES = ["unconditional", "text"]  # in place of their keys and values
 
 
 def load(name: str):
@@ -55,7 +56,7 @@ def controls(module, **changes):
     fields = dict(z=normal(N, 4, 8, 8), t=700, i=3, steps=10, n=N, halves=2, ref_kv={UP.name: drawn(rows=1)[1:]},
                   ref_qk={}, ip_kv={CROSS.name: (normal(2, HEADS, 3, WIDTH), normal(2, HEADS, 3, WIDTH))},
                   method=method_of(module), kernel=isadca.attend,
-                  conditions=SimpleNamespace(context=CONTEXT, words=[("a", [1]), ("lemon", [2, 3])], kept={}))
+                  conditions=SimpleNamespace(text_kv=HALVES, words=[("a", [1]), ("lemon", [2, 3])], kept={}))
     return SimpleNamespace(**fields | changes)
 
 
@@ -243,10 +244,10 @@ def test_pag():
     m = method_of(module).guidance
     rows = module.pag(controls(module))
     u, c, p = normal(3, N, 4, 8, 8)
-    assert [row.context.item() for row in rows] == [0, 1, 1]
+    assert [row.context for row in rows] == ["unconditional", "text", "text"]
     is_close(guide([u, c, p], *(row.weight for row in rows[1:])), (u + m * (c - u) + 3 * (c - p)).numpy())
-    alone = module.pag(controls(module, conditions=SimpleNamespace(context=CONTEXT[1:])))
-    assert [row.context.item() for row in alone] == [1, 1]
+    alone = module.pag(controls(module, conditions=SimpleNamespace(text_kv=HALVES[1:])))
+    assert [row.context for row in alone] == ["text", "text"]
     is_close(guide([p, c], alone[1].weight), (c + 3 * (c - p)).numpy())
     plain = oracle.attention(*numpy(q, k, v))
     for row in rows[:2]:
@@ -259,7 +260,7 @@ def test_seg():
     module, (q, k, v) = load("seg"), drawn()
     perturbed, text = module.seg(controls(module))
     c, p = normal(2, N, 4, 8, 8)
-    assert perturbed.context.item() == text.context.item() == 1
+    assert perturbed.context == text.context == "text"
     is_close(guide([p, c], text.weight), (c + 3 * (c - p)).numpy())
     g = np.exp(-0.5 * (np.arange(-2, 3) / 10) ** 2)
     g /= g.sum()
@@ -279,7 +280,7 @@ def test_t_gate():
     both = oracle.attention(*numpy(q, k, v))
     is_close(step(3)(q, k, v, CROSS), both)  # the fourth of ten steps: the gate
     [row] = step(4)
-    assert row.context.item() == 1
+    assert row.context == "text"
     later = [x[:N] for x in drawn(CROSS)]
     is_close(row.attend(*later, CROSS), (both[:N] + both[N:]) / 2)
     later = [x[:N] for x in drawn()]
@@ -293,6 +294,19 @@ def test_todo():
     q_, k_, v_ = numpy(q, k, v)
     is_close(module.todo(finest)(q, k, v, UP), oracle.attention(q_, k_[:, :, cells], v_[:, :, cells]))
     is_close(module.todo(controls(module))(q, k, v, UP), oracle.attention(q_, k_, v_))  # half the latent's side
+
+
+def test_freeu():
+    module = load("freeu")
+    edit, h = module.freeu(controls(module)), normal(N, 6, 4, 5)
+    for place, b in (("mid_block.resnets.1", 1.5), ("up_blocks.1.attentions.0", 1.6), ("up_blocks.2.resnets.0", 1)):
+        is_close(edit(h, place), h.numpy() * np.array([b, b, b, 1, 1, 1])[:, None, None])
+    for block, s in ((0, 0.9), (1, 0.2)):
+        waves = np.fft.fftshift(np.fft.fft2(h.numpy()), (-2, -1))
+        waves[..., 1:3, 1:3] *= s  # the authors' box of threshold 1 about the centre, 4 // 2 and 5 // 2
+        expected = np.fft.ifft2(np.fft.ifftshift(waves, (-2, -1))).real
+        is_close(edit(h, f"up_blocks.{block}.skips.1"), expected)
+    assert edit(h, "up_blocks.2.skips.0") is h and edit(h, "conv_in") is h
 
 
 # ---- the batch -------------------------------------------------------------------------------------------------
@@ -364,10 +378,10 @@ def test_a_method_runs_and_changes_the_picture(name, tiny, tiny_ref):
     """Through the real Controls, with two variations; where guidance is 1, too."""
     method = method_of(load(name))
     seeds = (0, 1) if not method.deterministic else (0,)
+    layers = method.layers and (-1, -2)  # this UNet has fewer
     for guidance in (method.guidance, 1) if name != "nag" else (method.guidance,):
-        own, plain = (isadca.Method(**vars(method) | dict(guidance=guidance, layers=None if method.layers is None else
-                                                          (-1, -2)) | changes)
-                      for changes in ({}, dict(mix=lambda controls: controls.kernel)))
+        own = replace(method, guidance=guidance, layers=layers)
+        plain = replace(own, mix=lambda controls: controls.kernel, edit=None)
         ours, theirs = sample(tiny, tiny_ref, [Run("a lemon", own, seeds), Run("a lemon", plain, seeds)])
         assert ours.isfinite().all() and ours.shape == theirs.shape
         assert not torch.allclose(ours, theirs)
