@@ -226,5 +226,5 @@ def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The VAE overflows in fp16."""
-    return torch.float32 if dtype == torch.float16 else dtype
+    """The VAE overflows in fp16. In bf16 it alone cost more than the rest: 0.9 grey levels on average, up to 43."""
+    return torch.float32 if dtype.itemsize == 2 else dtype

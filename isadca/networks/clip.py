@@ -55,32 +55,22 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class CLIPEncoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
-
-
-class TextEmbeddings(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.max_tokens, config.width)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+def clip_encoder(config) -> nn.ModuleDict:
+    return nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))})
 
 
 class TextTransformer(nn.Module):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.embeddings = TextEmbeddings(config)
-        self.encoder = CLIPEncoder(config)
+        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(config.vocab_size, config.width),
+                                         "position_embedding": nn.Embedding(config.max_tokens, config.width)})
+        self.encoder = clip_encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.eps)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embeddings(ids)  # (B,L) -> (B,L,W)
-        for layer in self.encoder.layers:
+        positions = self.embeddings["position_embedding"].weight[: ids.shape[1]]
+        x = self.embeddings["token_embedding"](ids) + positions  # (B,L) -> (B,L,W)
+        for layer in self.encoder["layers"]:
             x = layer(x, causal=True)
         return self.final_layer_norm(x)
 
@@ -129,7 +119,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.width, eps=config.eps)  # (sic) the published key
-        self.encoder = CLIPEncoder(config)
+        self.encoder = clip_encoder(config)
         self.post_layernorm = nn.LayerNorm(config.width, eps=config.eps)
 
 
@@ -145,6 +135,6 @@ class CLIPVision(nn.Module):
         before the last layer (B,1+n,W), which IP-Adapter's plus and full-face variants read."""
         model = self.vision_model
         x = model.pre_layrnorm(model.embeddings(pixels))
-        for layer in model.encoder.layers:
+        for layer in model.encoder["layers"]:
             penultimate, x = x, layer(x, causal=False)
         return self.visual_projection(model.post_layernorm(x[:, 0])), penultimate

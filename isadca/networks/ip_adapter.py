@@ -64,16 +64,9 @@ class PerceiverAttention(nn.Module):
         return self.to_out(merge_heads(attend(q, k, v)))
 
 
-class PerceiverMLP(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.add_module("0", nn.LayerNorm(dim))
-        self.add_module("1", nn.Linear(dim, hidden, bias=False))
-        self.add_module("3", nn.Linear(hidden, dim, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm, widen, narrow = self.children()
-        return narrow(F.gelu(widen(norm(x))))
+def perceiver_mlp(dim: int, hidden: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"0": nn.LayerNorm(dim), "1": nn.Linear(dim, hidden, bias=False),
+                          "3": nn.Linear(hidden, dim, bias=False)})
 
 
 class Resampler(nn.Module):
@@ -84,7 +77,7 @@ class Resampler(nn.Module):
         self.latents = nn.Parameter(torch.zeros(1, tokens, dim))
         self.proj_in = nn.Linear(width, dim)
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, inner), PerceiverMLP(dim, hidden)]) for _ in range(depth))
+            nn.ModuleList([PerceiverAttention(dim, inner), perceiver_mlp(dim, hidden)]) for _ in range(depth))
         self.proj_out = nn.Linear(dim, context_dim)
         self.norm_out = nn.LayerNorm(context_dim)
 
@@ -92,7 +85,7 @@ class Resampler(nn.Module):
         x, latents = self.proj_in(x), self.latents.expand(len(x), -1, -1)
         for attention, mlp in self.layers:
             latents = latents + attention(x, latents)
-            latents = latents + mlp(latents)
+            latents = latents + mlp["3"](F.gelu(mlp["1"](mlp["0"](latents))))
         return self.norm_out(self.proj_out(latents))
 
 

@@ -29,9 +29,9 @@ def test_a_device_is_asked_once_after_the_loop(tiny):
 def test_a_cpu_stops_at_the_first_bad_step(tiny, tiny_ref, monkeypatch, bad):
     calls, noise = [], tiny.noise
 
-    def broken(z, t, context, attend):
+    def broken(z, t, *inputs):
         calls.append(t)
-        return noise(z, t, context, attend) + (bad if len(calls) == 3 else 0)
+        return noise(z, t, *inputs) + (bad if len(calls) == 3 else 0)
     monkeypatch.setattr(tiny, "noise", broken)
     for run, stage in [(lambda: isadca.invert(tiny, GREY, 6), "inverting"),
                        (lambda: isadca.reconstruct(tiny, tiny_ref), "reconstructing"),
@@ -75,12 +75,12 @@ def test_an_infinite_weight_is_blamed_on_the_file_unless_rounding_made_it():
             isadca.invert(model, GREY, 6)
 
 
-def test_no_vae_is_ever_in_fp16(tmp_path):
-    """Its decoder overflows there. Whatever precision is asked for and stored, it works in float32 or bfloat16."""
+def test_no_vae_is_ever_in_half_precision(tmp_path):
+    """Its decoder overflows in fp16, and in bf16 rounds pictures by up to 43 grey levels. Whatever precision is asked
+    for and stored, it works in float32."""
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     (tmp_path / "config.json").symlink_to(DEMO / "vae" / "config.json")
     save_file({key: t.half() for key, t in load_file(DEMO / "vae" / file.name).items()}, file)
-    for dtype in ("fp16", torch.float16):
+    for dtype, half in [("fp16", torch.float16), (torch.float16, torch.float16), ("bf16", torch.bfloat16)]:
         model = isadca.load(vae=file, device="cpu", dtype=dtype)
-        assert model.dtype == torch.float16 and {p.dtype for p in model.vae.parameters()} == {torch.float32}
-    assert isadca.load(vae=file, device="cpu", dtype="bf16").vae.quant_conv.weight.dtype == torch.bfloat16
+        assert model.dtype == half and {p.dtype for p in model.vae.parameters()} == {torch.float32}

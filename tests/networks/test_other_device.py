@@ -15,6 +15,7 @@ from PIL import Image
 import isadca
 from isadca import loop, reference
 from isadca.evaluation import controlnet, image_variations, prior
+from isadca.loading.load import vae_dtype
 from isadca.networks.clip import CLIPText
 from isadca.networks.model import Model, Watch
 from isadca.networks.sizes import CLIPTextConfig
@@ -48,7 +49,7 @@ def there(dtype: torch.dtype) -> Model:
     model = tiny_model(torch.float32)
     for network in (model.unet, model.text, model.vision, model.ip_adapter):
         network.to("meta", dtype)
-    model.vae.to("meta", torch.float32 if dtype == torch.float16 else dtype)
+    model.vae.to("meta", vae_dtype(dtype))
     return replace(model, device=torch.device("meta"), dtype=dtype)
 
 
