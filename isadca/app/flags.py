@@ -1,7 +1,6 @@
 """The flags of every command. Those of a method are the fields of Method, which hold their defaults and their words."""
 
 import argparse
-import difflib
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +24,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **options)
 
     def error(self, message: str):
+        import difflib  # --help does not wait for it
+
         mine = [flag for flag in self._option_string_actions if flag.startswith("--")]
         for flag in re.findall(r"(?<=[ :])--?[a-zA-Z][\w-]*", message) if "unrecognized" in message else []:
             near = [HABITS[flag]] if HABITS.get(flag) in mine else difflib.get_close_matches(flag, mine, 1, 0.7)
