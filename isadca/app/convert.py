@@ -1,12 +1,14 @@
 """PyTorch's pickles (.bin, .pth, .ckpt) to safetensors, once, on request: the only place that unpickles.
 
-weights_only refuses code, though PyTorch before 2.6 could still be made to run some (CVE-2025-32434).
+PyTorch's weights_only reads tensors and plain values and runs nothing; what else a file names, a trainer's classes or
+NumPy's, becomes a `Placeholder`. PyTorch before 2.6 could be made to run code all the same (CVE-2025-32434).
 """
 
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,30 +23,60 @@ from ..loading.checkpoints import read_header
 # an IP-Adapter's training checkpoint; where accelerate stored shared tensors once, adapter_modules are in the UNet
 TRAINED = [(r"^image_proj_model\.", "image_proj."), (r"^adapter_modules\.(\d+)\.", r"ip_adapter.\1.")]
 IN_UNET = re.compile(r"^unet\.(.+)\.attn2\.processor\.(to_[kv]_ip\.weight)$")
+DEEPEST, MOST_NAMES, MOST_CLASSES = 20, 10**6, 200  # of what a file may hold
+
+
+class Placeholder:
+    """Stands for an object whose class is not looked up. Nothing of it is kept."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class PlaceholderDict:
+    """The same for a class of dicts, into which the unpickler goes on to put items."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
 
 
 def convert(source: Path, out: Path) -> list[str]:
     """Write the tensors of `source`, in their dtypes, under the published names. Returns the keys left out.
 
     Unwraps "state_dict", joins nested dicts with dots, and makes an IP-Adapter of its training checkpoint (which may
-    be a safetensors file). Raises Problem for files that hold anything but tensors, or no tensors.
+    be a safetensors file). Raises Problem for files without tensors, and for tensors that safetensors cannot hold.
     """
-    found = dict(_flatten(read(source)))
-    tensors = published({key: value for key, value in found.items() if isinstance(value, Tensor)})
+    if out.exists() and source.exists() and out.samefile(source):
+        raise Problem(f"{source}: is the file to write, too; choose another -o")
+    found, rest = {}, []
+    for key, value in _flatten(read(source), source):
+        if not isinstance(value, Tensor):
+            rest.append(key)
+        elif key in found:
+            raise Problem(f"{source}: two tensors would be named {key[:80]}; rename one of them")
+        else:
+            found[key] = value
+    tensors = published(found)
     if not tensors:
         raise Problem(f"{source}: holds no tensors; nothing to convert")
     if source.suffix == ".safetensors" and tensors.keys() == found.keys():
         raise Problem(f"{source}: is in safetensors already, under names that are not a training checkpoint's; use it")
+    _check_plain(tensors, source)
     try:
         with atomic_write(out) as temporary:
             save_file(_apart(tensors), temporary, {"format": "pt"})
-    except (SafetensorError, ValueError, RuntimeError) as error:  # a full disk, a sparse tensor
-        raise Problem(f"{source}: cannot be written to {out} ({str(error).splitlines()[0]})") from None
-    return sorted(key for key, value in found.items() if not any(value is tensor for tensor in tensors.values()))
+    except (SafetensorError, ValueError, RuntimeError) as error:  # a full disk
+        raise Problem(f"{source}: cannot be written to {out} ({str(error).splitlines()[0][:100]}); check the "
+                      "disk") from None
+    kept = {id(tensor) for tensor in tensors.values()}
+    return sorted(rest + [key for key, value in found.items() if id(value) not in kept])
 
 
-def read(source: Path) -> Mapping:
-    """The dict in a file that torch.save wrote, nothing but tensors and plain values in it. Raises Problem."""
+def read(source: Path) -> dict:
+    """The dict of tensors in a file that torch.save wrote. Raises Problem."""
     if not source.is_file():
         raise Problem(f"{source}: no such file; check the path")
     if source.suffix == ".safetensors":
@@ -52,26 +84,56 @@ def read(source: Path) -> Mapping:
         return load_file(source)
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         raise Problem(f"torch {torch.__version__} is too old to open pickles safely; install 2.10 or newer")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pickle protocols that torch.save does not use
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError, ...
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        raise Problem(f"{source}: refused, it would load or run {code[1]}, which is no tensor; get the .safetensors "
-                      "version" if code else f"{source}: not a whole file that torch.save wrote "
-                      f"({type(error).__name__}); download it again") from None
-    if not isinstance(content, Mapping):
+    content, strange = _unpickle(source)
+    if isinstance(content, Placeholder):
+        raise _refused(source, strange[0])
+    if isinstance(content, dict) and "state_dict" in content:
+        content = content["state_dict"]
+    if not isinstance(content, dict):
         raise Problem(f"{source}: holds a {type(content).__name__}, expected a dict of tensors")
-    return content.get("state_dict", content)
+    return content
 
 
-def _flatten(content: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _unpickle(source: Path) -> tuple[object, list[str]]:
+    """What is in the file, and the names of the classes that became placeholders: each is met, noted, and allowed as
+    a placeholder at the next try."""
+    strange = []
+    while True:
+        stand_ins = [(PlaceholderDict if name.lower().endswith("dict") else Placeholder, name) for name in strange]
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+                warnings.simplefilter("ignore")  # pickle protocols that torch.save does not use
+                return torch.load(source, map_location="cpu", weights_only=True,
+                                  mmap=zipfile.is_zipfile(source)), strange
+        except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError, ...
+            met = re.search(r"GLOBAL (\S+)", str(error))
+            if met is None:
+                raise Problem(f"{source}: not a whole file that torch.save wrote ({type(error).__name__}); download "
+                              "it again") from None
+            name = met[1] if "." in met[1] else f"builtins.{met[1]}"
+            if name in strange or len(strange) == MOST_CLASSES:  # os, sys: not even as a placeholder
+                raise _refused(source, name) from None
+            strange.append(name)
+
+
+def _refused(source: Path, name: str) -> Problem:
+    return Problem(f"{source}: refused, it would load or run {name[:80]}, which is no tensor; get the .safetensors "
+                   "version")
+
+
+def _flatten(content: dict, source: Path) -> Iterator[tuple[str, object]]:
+    """Nested keys joined with dots, without end neither in depth nor in number."""
+    waiting, names = [("", content, 0)], 0
+    while waiting:
+        prefix, inner, depth = waiting.pop()
+        names += len(inner)
+        if depth > DEEPEST or names > MOST_NAMES or len(waiting) > MOST_NAMES:
+            raise Problem(f"{source}: its dicts hold one another without end; expected a dict of tensors")
+        for key, value in dict.items(inner):
+            if isinstance(value, dict):
+                waiting.append((f"{prefix}{key}.", value, depth + 1))
+            else:
+                yield f"{prefix}{key}", value
 
 
 def published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,6 +149,18 @@ def published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if re.match(pattern, key):
                 adapter[re.sub(pattern, ours, key)] = tensor
     return adapter
+
+
+def _check_plain(tensors: dict[str, Tensor], source: Path) -> None:
+    """Raise Problem for what safetensors cannot hold, and for a small file that claims to be a large one."""
+    for key, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_complex() or tensor.is_meta)
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise Problem(f"{source}: {key[:80]} is no plain tensor ({kind}, {tensor.layout}); expected one number a "
+                          "place")
+    if sum(tensor.nbytes for tensor in tensors.values()) > 8 * source.stat().st_size + 2**20:
+        raise Problem(f"{source}: its tensors are many times as large as the file; expected a whole file")
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -113,6 +113,18 @@ def _guess(part: Part) -> str:
     return "Is it complete, and does the config.json beside it belong to it?"
 
 
+def too_deep(part: Part, field: str, asked: int, held: int) -> Problem:
+    """A config.json that belongs to a larger network than the file."""
+    return stranger(part.path, read_headers(part.path), known=True) or Problem(
+        f"{part.path}: {part.kind} of {held} {field}, expected {asked}; is it complete, and does its config.json "
+        "belong to it?")
+
+
+def unknown_adapter(part: Part, error: Exception) -> Problem:
+    return Problem(f"{part.path}: an IP-Adapter of no published layout ({str(error)[:80]} is missing or misshapen); "
+                   "isadca reads ip-adapter_sd15 and its light, plus, plus-face, full-face and vit-G variants")
+
+
 def unfit_adapter(part: Part, expected: dict[str, tuple], actual: dict[str, tuple]) -> Problem:
     """An IP-Adapter whose layers are not those of the UNet."""
     key = next(k for k in sorted(expected.keys() | actual.keys()) if expected.get(k) != actual.get(k))

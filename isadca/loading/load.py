@@ -2,6 +2,7 @@
 check that they belong together."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from .config_json import read_config, read_schedule
 FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "vision": "image_encoder"}
 NETWORKS = {"unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig), "text": (CLIPText, CLIPTextConfig),
             "vision": (CLIPVision, CLIPVisionConfig)}
+DEPTHS = [("layers", r"\w+\.encoder\.layers\.(\d{1,4})\."), ("channels", r"(?:encoder\.)?down_blocks\.(\d{1,4})\."),
+          ("layers_per_block", r"(?:encoder\.)?down_blocks\.0\.resnets\.(\d{1,4})\.")]
 PUBLISHED_NAMES = r"(diffusion_pytorch_)?model\."
 SHARD = r"-\d{5}-of-\d{5}"  # one file of several; the index.json beside them lists all
 
@@ -154,19 +157,38 @@ def build(part: Part) -> Any:
         if part.kind != "ip_adapter":
             return NETWORKS[part.kind][0](_sizes(part))
         try:
+            if deepest(part, r"image_proj\.layers\.(\d+)\.") > len(part.tensors):
+                raise ValueError("a layer")
             return IPAdapter(part.shapes)
-        except (KeyError, ValueError, IndexError) as error:
-            raise Problem(f"{part.path}: an IP-Adapter of no published layout ({error} is missing or misshapen); "
-                          "isadca reads ip-adapter_sd15 and its light, plus, plus-face, full-face and vit-G "
-                          "variants") from None
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
+            from .diagnose import unknown_adapter
+            raise unknown_adapter(part, error) from None
 
 
 def _sizes(part: Part):
-    config = part.path.parent / "config.json"
-    if part.kind == "vision" and not config.is_file():
+    """What the config.json says, where it promises no more layers than the file holds; else building would not end."""
+    path, kind = part.path.parent / "config.json", part.kind
+    config = read_config(NETWORKS[kind][1], path)
+    if kind == "vision" and not path.is_file():
         width = max(part.shapes.get("vision_model.pre_layrnorm.weight", ()), default=0)
-        return KNOWN_ENCODERS.get(width, CLIPVisionConfig())
-    return read_config(NETWORKS[part.kind][1], config)
+        if width not in KNOWN_ENCODERS:
+            raise Problem(f"{part.path}: an image encoder {width} wide without its config.json, which tells its heads "
+                          "and activation; put that beside it")
+        config = KNOWN_ENCODERS[width]
+    if kind == "text":  # whatever the config.json says of it
+        config = replace(config, projection_dim=(part.shapes.get("text_projection.weight") or (None,))[0])
+    for field, pattern in DEPTHS:
+        size = getattr(config, field, 0)
+        asked, held = len(size) if isinstance(size, tuple) else size, deepest(part, pattern)
+        if asked > held:
+            from .diagnose import too_deep
+            raise too_deep(part, field, asked, held)
+    return config
+
+
+def deepest(part: Part, pattern: str) -> int:
+    """How many layers a file's names count up to."""
+    return max((1 + int(found[1]) for key in part.tensors if (found := re.match(pattern, key))), default=0)
 
 
 def _check_fit(networks: dict, parts: dict[str, Part]) -> None:

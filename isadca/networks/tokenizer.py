@@ -22,9 +22,7 @@ class Tokenizer:
 
     def __init__(self, vocab: Path, merges: Path, max_tokens: int = 77):
         try:
-            ids = json.loads(Path(vocab).read_text(encoding="utf-8"))
-            lines = Path(merges).read_text(encoding="utf-8").splitlines()
-            pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            ids, pairs = _read_both(Path(vocab)) if vocab == merges else _read(Path(vocab), Path(merges))
             if len(pairs) < len(ids) - 514:  # all but the 2 x 256 bytes and the 2 special tokens come from merges
                 raise ValueError(f"{len(pairs)} merges for {len(ids)} tokens")
             self._bpe = _clip_bpe(ids, pairs)
@@ -38,7 +36,12 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, max_tokens: int) -> "Tokenizer":
-        return cls(Path(folder) / "vocab.json", Path(folder) / "merges.txt", max_tokens)
+        """From vocab.json and merges.txt, or from tokenizer.json, where transformers 5 saves both."""
+        folder = Path(folder)
+        both = folder / "tokenizer.json"
+        if both.is_file() and not (folder / "vocab.json").exists():
+            return cls(both, both, max_tokens)
+        return cls(folder / "vocab.json", folder / "merges.txt", max_tokens)
 
     def __call__(self, texts: list[str]) -> Tensor:
         rows = []
@@ -72,6 +75,25 @@ class Tokenizer:
             return self._bpe.encode(text, add_special_tokens=False)
         except TypeError:  # half of a surrogate pair: an argument in another encoding than the terminal's
             raise Problem(f"prompt {text!r} is not Unicode text; type it again in UTF-8") from None
+
+
+def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise ValueError(f"{path.name} is no regular file")
+    return path.read_text(encoding="utf-8")
+
+
+def _read(vocab: Path, merges: Path) -> tuple[dict[str, int], list[tuple]]:
+    lines = _text(merges).splitlines()
+    return json.loads(_text(vocab)), [tuple(line.split(" ")) for line in lines
+                                      if line and not line.startswith("#version")]
+
+
+def _read_both(path: Path) -> tuple[dict[str, int], list[tuple]]:
+    model = json.loads(_text(path))["model"]
+    if model.get("end_of_word_suffix") != "</w>":
+        raise ValueError("words in it do not end in </w>")
+    return model["vocab"], [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
 
 
 def _clip_bpe(ids: dict[str, int], pairs: list[tuple[str, str]]) -> BPETokenizer:

@@ -5,6 +5,7 @@ import pickle
 import shlex
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,33 @@ def test_what_is_no_tensor_is_left_out_and_said(tmp_path, out, capsys):
     same(out, {"w": torch.ones(2)})
 
 
+class Gone:
+    """Stands for a class of a library that is not installed where the file is read."""
+
+
+class GoneDict(dict):
+    pass
+
+
+def test_a_trainers_checkpoint(tmp_path, out, monkeypatch):
+    """Lightning's: callbacks by class, NumPy's scalars and arrays, dicts of its own, paths. Only the tensors matter."""
+    import collections
+
+    import numpy as np
+    for name in (Gone, GoneDict):
+        monkeypatch.setattr(name, "__module__", "lightning_of_some_version")
+    monkeypatch.setitem(sys.modules, "lightning_of_some_version", sys.modules[__name__])
+    training = {"state_dict": tiny("ip-adapter_sd15"), "callbacks": {Gone: {"best": np.float64(0.5)}}, "loop": Gone(),
+                "hyper_parameters": GoneDict(lr=1e-4, where=Path("/x")), "array": np.arange(3),
+                "counts": collections.defaultdict(list, a=[1]), "seen": {1, 2}}
+    for zipped in (True, False):
+        source = pickled(tmp_path / f"{zipped}.ckpt", training, zipped)
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "lightning_of_some_version")
+            assert convert(source, out) == []
+        same(out, training["state_dict"])
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 class Bomb:
@@ -209,6 +237,43 @@ def test_other_contents(tmp_path, out, capsys):
     refused(tmp_path / "a.safetensors", out, capsys, "not a whole safetensors file")
     refused(tmp_path / "missing.bin", out, capsys, "no such file")
     refused(tmp_path, out, capsys, "no such file")
+
+
+ITSELF = {"w": torch.ones(2)}
+ITSELF["again"] = ITSELF
+SHARED = {"w": torch.ones(2)}
+for _ in range(18):
+    SHARED = {key: SHARED for key in "abcd"}
+ODD = {  # what torch.save writes and a dict of tensors is not
+    "state_dict is None": ({"state_dict": None}, "holds a NoneType"),
+    "state_dict is a list": ({"state_dict": [torch.ones(2)]}, "holds a list"),
+    "1 and '1'": ({1: torch.ones(2), "1": torch.zeros(2)}, "two tensors would be named 1"),
+    "a.b and a: b": ({"a": {"b": torch.ones(2)}, "a.b": torch.zeros(2)}, "two tensors would be named a.b"),
+    "complex": ({"w": torch.ones(2, dtype=torch.complex64)}, "w is no plain tensor (complex64"),
+    "sparse": ({"w": torch.ones(2).to_sparse()}, "w is no plain tensor (float32, torch.sparse_coo)"),
+    "quantised": ({"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "w is no plain tensor (qint8"),
+    "one number a million times": ({"w": torch.ones(1).expand(10**12)}, "w is no plain tensor"),
+    "itself": (ITSELF, "hold one another without end"),
+    "shared 4^18 times": (SHARED, "hold one another without end"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_is_no_dict_of_plain_tensors(tmp_path, out, capsys, case):
+    content, words = ODD[case]
+    refused(pickled(tmp_path / "a.bin", content), out, capsys, words, "expected" if "named" not in words else "; ")
+
+
+def test_the_source_is_never_replaced(tmp_path):
+    """By its own path, or by a link to it."""
+    source = tmp_path / "a.safetensors"
+    save_file({"image_proj_model.norm.weight": torch.ones(2)}, source)
+    before = source.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(source)
+    for name in ("a", "link"):
+        with pytest.raises(Problem, match="is the file to write, too; choose another -o"):
+            convert(source, tmp_path / f"{name}.safetensors")
+    assert source.read_bytes() == before
 
 
 def test_an_old_torch_does_not_unpickle(tmp_path, out, capsys, monkeypatch):
