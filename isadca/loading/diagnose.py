@@ -33,7 +33,7 @@ def unreadable(path: Path, error: Exception) -> Problem:
     if not path.is_file():
         return Problem(f"{path}: is no regular file, expected a .safetensors file")
     if isinstance(error, SafetensorError | ValueError):
-        return Problem(f"{path}: {_not_safetensors(path)} ({str(error)[:100]})")
+        return Problem(f"{path}: {_not_safetensors(path)} ({str(error)[:60]})")
     reason = getattr(error, "strerror", None) or error  # no permission; no memory to map it into
     return Problem(f"{path}: cannot be read ({reason}); check the file, or free memory")
 
@@ -44,7 +44,7 @@ def _not_safetensors(path: Path) -> str:
         start = file.read(4)
     if start[:2] in (b"PK", b"\x80\x02"):
         return ("is a pickle, which can run code when it is opened; get the .safetensors version, or make it: "
-                f"isadca convert {path} -o NAME.safetensors")
+                "isadca convert FILE -o NAME.safetensors")
     if start == b"GGUF":
         return "is a GGUF file; get the .safetensors version"
     if start == b"vers":
@@ -110,7 +110,7 @@ def _guess(part: Part) -> str:
     if part.kind == "unet" and context in ((1024,), (2048,)):
         family = "2.x" if context[0] == 1024 else "XL"
         return f"Its context is {context[0]} wide, SD 1.x has 768: this is an SD {family} model."
-    return "Is it complete, and does the config.json beside it belong to it?"
+    return "Is it complete, with its own config.json?"
 
 
 def too_deep(part: Part, field: str, asked: int, held: int) -> Problem:
