@@ -180,6 +180,10 @@ def _generation(groups, lam: bool = False) -> None:
             add(f"--{field.name.replace('_', '-')}", choices=field.metadata["choices"],
                 type=str if field.name == "lam" else parse_layers if field.default is None else type(field.default),
                 help=field.metadata["help"] + (f" ({default:g})" if isinstance(default, float) else f" ({default})"))
+    regions = groups.method.add_argument
+    regions("--mask", metavar="PNG", help="the reference acts where this is white, the text alone where it is black")
+    regions("--keep", metavar="PNG", help="where this is white the reference stays as it is")
+    regions("--also", metavar="PICTURE", help="a second reference: its look joins the first one's, its layout does not")
     basic("--negative", default="", help='negative prompt ("")')
     basic("--seed", type=int, default=0, help="of the first picture; the next has seed + 1 (%(default)s)")
     basic("-n", "--n", type=int, default=1, help="pictures (%(default)s)")
@@ -193,6 +197,8 @@ def _inversion(groups, steps: int = 50) -> None:
     add = groups.basic.add_argument
     add("--steps", type=int, help=f"DDIM steps ({steps})")
     add("--ref-prompt", default="", help='what the reference shows, for its inversion ("")')
+    add("--fixed-point", type=int, default=0, metavar="N", help="iterations that make each step of the inversion more "
+        "exact, a UNet call each (%(default)s)")
     add("--fit", choices=("crop", "squash", "pad"), help="what is not square: its centre, distorted, or with white "
         "borders (crop)")
     add("--size", type=int, help="side in pixels (what the model was trained on)")

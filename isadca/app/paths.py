@@ -9,7 +9,8 @@ from pathlib import Path
 from ..common.files import try_write
 from ..common.problem import Problem
 
-INPUTS = ("ref", "refs", "recipe", "weights", "vae", "ip_adapter", "image_encoder", "prior", "pairs", "source", "paths")
+INPUTS = ("ref", "refs", "recipe", "weights", "vae", "ip_adapter", "image_encoder", "prior", "pairs", "source", "paths",
+          "mask", "keep", "also")
 CODE = ("method", "attend")  # FILE.py:NAME
 
 

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from ..common.files import sha256
-from ..common.images import load_image
+from ..common.images import fit, load_image
 from ..common.own_code import is_own
 from ..common.problem import Problem
 from ..loading.load import default_weights, find, load, pick_file
@@ -59,11 +60,13 @@ class Session:
             files["prior"] = pick_file(Path(prior, "prior"), self.model.dtype)
         weights = Path(args.weights or default_weights())
         vocabulary = find("tokenizer", weights) or default_weights().parent / "tokenizer"
+        self._read = {f"--{name}": sha256(Path(path)) for name in ("mask", "keep", "also")
+                      if (path := getattr(args, name, None)) and Path(path).is_file()}
         self._hashes = recipes.hash_files(recipes.inputs_of(files, weights, vocabulary))
 
     @property
     def hashes(self) -> dict[str, str]:
-        return self._hashes.result() | getattr(self.args, "own_code", {})
+        return self._hashes.result() | self._read | getattr(self.args, "own_code", {})
 
     def open(self, picture: Picture, steps: int = 50) -> Reference:
         """Invert the picture, or take the saved inversion. Raises Problem where a recipe says it is another."""
@@ -76,10 +79,15 @@ class Session:
         if picture.image is None:
             self.ref = self._saved()
         else:
-            self.ref = invert(self.model, picture.image, steps if args.steps is None else args.steps,
-                              self.prompt(args.ref_prompt), args.size, progress=self.progress,
-                              fit_by=args.fit or "crop")
+            self.ref = self._invert(picture.image, steps if args.steps is None else args.steps, args.size)
         return self.ref
+
+    def _invert(self, image: Image.Image, steps: int, size: int | None) -> Reference:
+        args = self.args
+        if not 0 <= args.fixed_point <= 100:
+            raise Problem(f"--fixed-point is {args.fixed_point}, expected 0 to 100; 1 is a good first try")
+        return invert(self.model, image, steps, self.prompt(args.ref_prompt), size, progress=self.progress,
+                      fit_by=args.fit or "crop", fixed_point=args.fixed_point)
 
     def made_with(self) -> str:
         """What an inversion depends on, as a saved reference holds it."""
@@ -92,7 +100,8 @@ class Session:
         if ref.chain.shape[-1] * self.model.vae.config.downscale != side or sha256(path) != self.picture.sha256:
             raise Problem(f"{path}: a damaged reference; invert the picture again")
         for flag, asked, has in [("--steps", args.steps, ref.steps), ("--size", args.size, ref.image.width),
-                                 ("--ref-prompt", args.ref_prompt or None, ref.prompt), ("--fit", args.fit, "its own")]:
+                                 ("--ref-prompt", args.ref_prompt or None, ref.prompt), ("--fit", args.fit, "its own"),
+                                 ("--fixed-point", args.fixed_point or None, "its own")]:
             if asked not in (None, has):
                 raise Problem(f"{flag} is {asked}, but {path} was inverted with {has}; leave the flag out or invert "
                               "the picture again")
@@ -104,8 +113,18 @@ class Session:
         if self.prior:
             from ..evaluation.prior import embed_prompt
             embeds = embed_prompt(*self.prior, self.args.prompt, seed=self.args.seed)
-        return sample(self.model, self.ref, runs, progress=self.progress, at_once=self.args.replay_at_once,
-                      rows_at_once=self.args.rows_at_once, image_embeds=embeds)
+        args, ref = self.args, self.ref
+        also = [self._invert(load_image(args.also, note), ref.steps, ref.image.width)] if args.also else []
+        return sample(self.model, ref, runs, progress=self.progress, at_once=args.replay_at_once,
+                      rows_at_once=args.rows_at_once, image_embeds=embeds, also=also,
+                      mask=self._region(args.mask), keep=self._region(args.keep))
+
+    def _region(self, path: str | None) -> torch.Tensor | None:
+        """A picture's brightness, (h,w) from 0 to 1, fitted as the reference was."""
+        if path is None:
+            return None
+        fitted = fit(load_image(path, note), self.ref.image.width, self.args.fit or "crop").convert("L")
+        return torch.from_numpy(np.array(fitted)).to(self.model.device) / 255
 
     def tell_missing(self, methods: Iterable[Method]) -> None:
         if self.model.ip_adapter is None and any(method.wants_image for method in methods):
