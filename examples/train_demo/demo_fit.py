@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from demo_files import MAX_TOKENS
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isadca.attention import Attend, attend
@@ -42,8 +43,8 @@ class Plan(NamedTuple):
 class Studio:
     """Where it happens: device and precision, the scenes and their pictures, the folder."""
 
-    def __init__(self, folder: Path, art: Path, bf16: bool):
-        self.folder, self.state = folder, folder / ".train"
+    def __init__(self, folder: Path, art: Path, bf16: bool, go_on: bool = False):
+        self.folder, self.state, self.go_on = folder, folder / ".train", go_on
         self.state.mkdir(parents=True, exist_ok=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = bf16
@@ -52,6 +53,12 @@ class Studio:
         self.art = world.fetch_art(art)
         self.scenes = [world.random_scene(rng) for _ in range(SCENES)]
         self.pictures = np.stack([world.draw(scene, self.art) for scene in self.scenes])
+
+    def begin(self, path: Path, net: nn.Module) -> nn.Module:
+        """`net` as it is, or, where a finished checkpoint goes on, with the weights that the folder has for it."""
+        if self.go_on:
+            net.load_state_dict(load_file(path if path.is_file() else next(path.glob("*.safetensors"))))
+        return net
 
     def autocast(self, enabled: bool = True):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled) if self.bf16 else nullcontext()
@@ -75,6 +82,11 @@ class Studio:
     def captions(self, index: np.ndarray, rng: np.random.Generator, dropped: float = 0) -> Tensor:
         """The same as token ids."""
         return self.tokenizer(self.texts(index, rng, dropped)).to(self.device)
+
+    def nouns(self, index: np.ndarray, rng: np.random.Generator, dropped: float = 0) -> Tensor:
+        """Captions that say the noun and no more, as token ids."""
+        return self.tokenizer([world.article(self.scenes[i].noun) if rng.random() >= dropped else "" for i in index]
+                              ).to(self.device)
 
 
 def fit(name: str, net: nn.Module, loss: Loss, studio: Studio, plan: Plan) -> nn.Module:

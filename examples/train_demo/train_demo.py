@@ -2,6 +2,7 @@
 
     python examples/train_demo/train_demo.py OUT                      # every stage; resumes where it was stopped
     python examples/train_demo/train_demo.py OUT --stages unet        # one stage (those before it must be done)
+    python examples/train_demo/train_demo.py OUT --stages unet --go-on --steps 2000 --rate 5e-4  # learn more
 
 Uses a GPU when there is one. On two CPU cores it takes about three hours, less with one thread a process and an
 allocator that keeps its pages:
@@ -16,6 +17,7 @@ can do is measured by measure_demo.py.
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,35 +26,26 @@ import demo_world as world
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from demo_files import (
-    CLIP_TEXT,
-    CLIP_VISION,
-    MAX_TOKENS,
-    UNET,
-    VAE_SIZES,
-    load_network,
-    save_curves,
-    save_network,
-    save_pipeline,
-    save_tensors,
-)
-from demo_fit import RANK, RANKS, SCENES, Loss, Plan, Studio, fit
+from demo_clip import clip_pixels, train_clip, train_vision, train_words
+from demo_files import (CLIP_VISION, MAX_TOKENS, UNET, VAE_SIZES, load_network, save_curves, save_network,
+                        save_pipeline, save_tensors)
+from demo_fit import RANK, RANKS, SCENES, Plan, Studio, fit
 from demo_judge import HEADS, Judge, judge_loss
 from PIL import Image
 from torch import Tensor, nn
 
 from isadca.attention import Attend, dca
-from isadca.common.images import CLIP_MEAN, CLIP_STD, save_png
-from isadca.ddim import Schedule, ScheduleConfig
 from isadca.networks.clip import CLIPText, CLIPVision
+from isadca.ddim import ScheduleConfig
+from isadca.ddim import Schedule
+from isadca.common.images import save_png
 from isadca.networks.ip_adapter import IPAdapter, numbered
 from isadca.networks.unet import UNet
 from isadca.networks.vae import VAE
 
-PLANS = {"vae": Plan(6000, 16, 1e-3), "clip": Plan(1600, 64, 1e-3), "judge": Plan(1500, 48, 2e-3),
-         "unet": Plan(7000, 32, 8e-4, 300), "vision": Plan(1800, 64, 6e-4), "adapter": Plan(1500, 32, 1e-3),
-         "references": Plan(0, 0, 0)}
+PLANS = {"vae": Plan(6000, 16, 1e-3), "decoder": Plan(2500, 8, 6e-4), "clip": Plan(1600, 64, 1e-3),
+         "words": Plan(3000, 64, 1e-3), "judge": Plan(1500, 48, 2e-3), "unet": Plan(7000, 32, 8e-4, 300),
+         "vision": Plan(2500, 64, 6e-4), "adapter": Plan(1500, 32, 1e-3), "references": Plan(0, 0, 0)}
 REFERENCES = [("cat", "3d", "green", "checkered"), ("rocket", "3d", "blue", "dotted"),
               ("pig", "flat", "green", "dotted"), ("apple", "3d", "yellow", "striped")]
 
@@ -77,55 +70,23 @@ def train_vae(studio: Studio, plan: Plan) -> None:
     save_network(studio.folder / "vae", ema, replace(VAE_SIZES, scaling_factor=1 / spread))
 
 
-class CLIP(nn.Module):
-    """Both encoders and the temperature, for the contrastive loss."""
+def train_decoder(studio: Studio, plan: Plan) -> None:
+    """The decoder goes on alone, on whole pictures: the latents, and what was learned from them, stay as they are.
 
-    def __init__(self):
-        super().__init__()
-        self.text, self.vision = CLIPText(CLIP_TEXT), CLIPVision(CLIP_VISION)
-        self.log_scale = nn.Parameter(torch.tensor(2.6))
-        for name, p in self.named_parameters():
-            if "embedding" in name and p.ndim <= 2:
-                nn.init.normal_(p, std=0.02)
-
-    def loss(self, pixels: Tensor, ids: Tensor) -> Tensor:
-        """Which caption belongs to which picture of the batch, both ways round."""
-        pictures, texts = self.vision(pixels)[0], self.text.embed(ids)
-        scores = F.normalize(pictures.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
-        scores, right = scores * self.log_scale.exp().clamp(max=100), torch.arange(len(pixels), device=scores.device)
-        return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
-
-
-def clip_pixels(studio: Studio, index: np.ndarray) -> Tensor:
-    mean, std = (torch.tensor(c, device=studio.device).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
-    return ((studio.pixels(index) + 1) / 2 - mean) / std
-
-
-def contrastive(studio: Studio, plan: Plan) -> Loss:
+    The loss is PSNR itself, turned round. Generated latents are never quite clean, so some of these are not.
+    """
     def loss(net, rng):
-        index = rng.integers(SCENES, size=plan.batch)  # on every process: a share would have too few negatives
-        ids = studio.captions(index, rng)[:, :16]      # the rest is padding, after what is read
-        return net.loss(clip_pixels(studio, index), ids)
-    return loss
+        x = studio.pixels(rng.integers(SCENES, size=plan.batch // RANKS))
+        with torch.no_grad():
+            mean, logvar = net.posterior(x)
+            z = mean + float(rng.uniform(0, 0.6)) * torch.randn_like(mean) * (0.5 * logvar).exp()
+        back = net.decoder(net.post_quant_conv(z))
+        return (back.float() - x).pow(2).mean((1, 2, 3)).add(1e-5).log().mean() * 10 / math.log(10) + 100
 
-
-def train_clip(studio: Studio, plan: Plan) -> None:
-    ema = fit("clip", CLIP(), contrastive(studio, plan), studio, plan)
-    save_network(studio.folder / "image_encoder", ema.vision, CLIP_VISION)
-    save_network(studio.folder / "text_encoder_with_projection", ema.text, CLIP_TEXT)
-    bare = replace(CLIP_TEXT, projection_dim=None)
-    plain = CLIPText(bare)
-    plain.load_state_dict({k: v for k, v in ema.text.state_dict().items() if k != "text_projection.weight"})
-    save_network(studio.folder / "text_encoder", plain, bare)
-
-
-def train_vision(studio: Studio, plan: Plan) -> None:
-    """The image encoder goes on against the locked text encoder (LiT, arXiv 2111.07991), which the UNet has read."""
-    net = CLIP()
-    net.load_state_dict(torch.load(studio.state / "clip.pt", map_location="cpu", weights_only=True)["ema"])
-    net.text.requires_grad_(False)
-    ema = fit("vision", net, contrastive(studio, plan), studio, plan)
-    save_network(studio.folder / "image_encoder", ema.vision, CLIP_VISION)
+    net = load_network(studio.folder / "vae", VAE)
+    for part in (net.decoder, net.post_quant_conv):
+        part.requires_grad_(True)
+    save_network(studio.folder / "vae", fit("decoder", net, loss, studio, plan), net.config)
 
 
 def train_judge(studio: Studio, plan: Plan) -> None:
@@ -158,14 +119,19 @@ class Diffusion:
     def context(self, index: np.ndarray, rng: np.random.Generator, dropped: float) -> Tensor:
         return self.text(self.studio.captions(index, rng, dropped))
 
-    def loss(self, unet: Callable[..., Tensor], index: np.ndarray, context: Tensor, attend: Attend) -> Tensor:
-        """Mean squared error of the predicted noise, with min-SNR-5 weights (arXiv 2303.09556)."""
-        z0, t = self.z0[index], torch.randint(0, 1000, (len(index),), device=self.z0.device)
+    def error(self, unet: Callable[..., Tensor], index: np.ndarray, context: Tensor, attend: Attend,
+              earliest: int = 0) -> tuple[Tensor, Tensor]:
+        """What is wrong with the predicted noise, (B,4,16,16), and each scene's min-SNR-5 weight (arXiv 2303.09556)."""
+        z0, t = self.z0[index], torch.randint(earliest, 1000, (len(index),), device=self.z0.device)
         level, noise = self.alpha_bar[t].view(-1, 1, 1, 1), torch.randn_like(z0)
         with self.studio.autocast():
             predicted = unet(level.sqrt() * z0 + (1 - level).sqrt() * noise, t, context, attend)
         snr = level / (1 - level)
-        return ((predicted.float() - noise).pow(2) * snr.clamp(max=5) / snr).mean()
+        return predicted.float() - noise, snr.clamp(max=5) / snr
+
+    def loss(self, *args, **options) -> Tensor:
+        error, weight = self.error(*args, **options)
+        return (error.pow(2) * weight).mean()
 
 
 def train_unet(studio: Studio, plan: Plan) -> None:
@@ -179,11 +145,13 @@ def train_unet(studio: Studio, plan: Plan) -> None:
     for name, p in unet.named_parameters():  # every residual branch, and the output, starts at zero
         if name.startswith("conv_out.") or ".conv2." in name or ".proj_out." in name:
             nn.init.zeros_(p)
+    unet = studio.begin(studio.folder / "unet", unet)
     save_network(studio.folder / "unet", fit("unet", unet, loss, studio, plan), UNET)
 
 
 def train_adapter(studio: Studio, plan: Plan) -> None:
-    """The UNet stays as it is; about half of the steps see no text, so that the picture has to be enough."""
+    """The UNet stays as it is. Most steps see no text, so that the picture has to be enough; the last, nearly clean
+    ones, where the latent itself shows what it is, are left out."""
     diffusion, kernel = Diffusion(studio), studio.attend()
     unet = load_network(studio.folder / "unet", UNet).to(studio.device)
     embeds = image_embeds(studio)
@@ -192,10 +160,10 @@ def train_adapter(studio: Studio, plan: Plan) -> None:
         index = rng.integers(SCENES, size=plan.batch // RANKS)
         kept = torch.from_numpy(rng.random((len(index), 1)) >= 0.08).to(embeds.device)
         kv = net.keys_values(net.image_proj(embeds[index] * kept), unet.sites, UNET.n_heads)
-        return diffusion.loss(unet, index, diffusion.context(index, rng, 0.5), dca(kv, kernel=kernel))
+        return diffusion.loss(unet, index, diffusion.context(index, rng, 0.8), dca(kv, kernel=kernel), earliest=200)
 
-    save_tensors(studio.folder / "ip-adapter_demo.safetensors",
-                 fit("adapter", new_adapter(unet), loss, studio, plan).state_dict())
+    path = studio.folder / "ip-adapter_demo.safetensors"
+    save_tensors(path, fit("adapter", studio.begin(path, new_adapter(unet)), loss, studio, plan).state_dict())
 
 
 def new_adapter(unet: UNet, tokens: int = 4) -> IPAdapter:
@@ -231,8 +199,8 @@ def save_references(studio: Studio, plan: Plan) -> None:
     (studio.folder / "references" / "scenes.json").write_text(json.dumps(said, indent=1) + "\n")
 
 
-STAGES = {"vae": train_vae, "clip": train_clip, "judge": train_judge, "unet": train_unet, "vision": train_vision,
-          "adapter": train_adapter, "references": save_references}
+STAGES = {"vae": train_vae, "decoder": train_decoder, "clip": train_clip, "words": train_words, "judge": train_judge,
+          "unet": train_unet, "vision": train_vision, "adapter": train_adapter, "references": save_references}
 
 
 def main(doc: str, stages: dict[str, Callable[[Studio, Plan], None]], plans: dict[str, Plan]) -> None:
@@ -240,6 +208,8 @@ def main(doc: str, stages: dict[str, Callable[[Studio, Plan], None]], plans: dic
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument("--stages", default=",".join(stages), help=f"some of {','.join(stages)}")
     parser.add_argument("--steps", type=int, help="steps of each stage, instead of the plan's")
+    parser.add_argument("--rate", type=float, help="likewise, the learning rate")
+    parser.add_argument("--go-on", action="store_true", help="begin with OUT's finished weights instead of nothing")
     parser.add_argument("--art", type=Path, help="where the art is kept (default: OUT/.train)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 in the UNet's passes")
     args = parser.parse_args()
@@ -248,9 +218,10 @@ def main(doc: str, stages: dict[str, Callable[[Studio, Plan], None]], plans: dic
     if RANK == 0:
         world.save_tokenizer(args.out / "tokenizer", MAX_TOKENS)
         save_pipeline(args.out)
-    studio = Studio(args.out, args.art or args.out / ".train", args.bf16)
+    studio = Studio(args.out, args.art or args.out / ".train", args.bf16, args.go_on)
     for stage in args.stages.split(","):
-        plan = plans[stage]._replace(**({"steps": args.steps} if args.steps else {}))
+        told = {"steps": args.steps, "lr": args.rate}
+        plan = plans[stage]._replace(**{key: value for key, value in told.items() if value})
         torch.manual_seed(0)
         stages[stage](studio, plan)
         if RANKS > 1:

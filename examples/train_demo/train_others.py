@@ -1,7 +1,7 @@
 """Train the demo's counterparts of what the paper compares with and measures by, into the demo folder: the
 image-variation UNet, the Shuffle ControlNet, the prior, and the metrics' CLIP pair, trunks and heads.
 
-    python examples/train_demo/train_others.py OUT   # after train_demo.py OUT; the same flags, and it resumes as well
+    python examples/train_demo/train_others.py OUT   # after train_demo.py OUT; the same flags, and it resumes, too
 
 Each is small, in its published file layout, and starts from the demo's own networks where the published one started
 from Stable Diffusion's. The metrics' networks share nothing with the models that they will judge.
@@ -10,6 +10,7 @@ from Stable Diffusion's. The metrics' networks share nothing with the models tha
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import demo_world as world
 import numpy as np
@@ -21,15 +22,15 @@ from PIL import Image
 from torch import Tensor, nn
 from train_demo import Diffusion, image_embeds, main
 
-from isadca.common.images import save_png
 from isadca.evaluation.controlnet import ControlNet, shuffle_content
 from isadca.evaluation.prior import Prior, PriorConfig, alpha_bar, text_condition
 from isadca.networks.clip import CLIPText
+from isadca.common.images import save_png
 from isadca.networks.unet import UNet
 
-PLANS = {"variations": Plan(700, 32, 4e-4), "controlnet": Plan(400, 32, 6e-4), "prior": Plan(1500, 64, 1e-3),
-         "metric_clip": Plan(700, 64, 1e-3), "alex": Plan(600, 48, 2e-3), "vgg": Plan(400, 48, 2e-3),
-         "inception": Plan(400, 48, 2e-3), "lpips-alex": Plan(150, 32, 1e-2), "lpips-vgg": Plan(150, 32, 1e-2),
+PLANS = {"variations": Plan(700, 32, 4e-4), "controlnet": Plan(800, 32, 1e-3), "prior": Plan(1500, 64, 1e-3),
+         "metric_clip": Plan(700, 64, 1e-3), "alex": Plan(2500, 48, 2e-3), "vgg": Plan(1500, 48, 2e-3),
+         "inception": Plan(1000, 48, 2e-3), "lpips-alex": Plan(500, 32, 1e-2), "lpips-vgg": Plan(300, 32, 1e-2),
          "pairs": Plan(0, 0, 0)}
 PRIOR = PriorConfig(embed_dim=CLIP_VISION.projection_dim, n_heads=3, layers=4, max_tokens=CLIP_TEXT.max_tokens)
 HINT_CHANNELS = (16, 32, 64)
@@ -46,36 +47,45 @@ def train_variations(studio: Studio, plan: Plan) -> None:
         kept = torch.from_numpy(rng.random((len(index), 1)) >= 0.1).to(embeds.device)
         return diffusion.loss(net, index, (embeds[index] * kept)[:, None], kernel)
 
-    unet = load_network(studio.folder / "unet", UNet).requires_grad_(True)
     folder = studio.folder / "image-variations"
+    unet = studio.begin(folder / "unet", load_network(studio.folder / "unet", UNet)).requires_grad_(True)
     save_network(folder / "unet", fit("variations", unet, loss, studio, plan), UNET)
     for part in ("vae", "image_encoder"):
         shutil.copytree(studio.folder / part, folder / part, dirs_exist_ok=True)
 
 
 def train_controlnet(studio: Studio, plan: Plan) -> None:
-    """A copy of the UNet's way down learns to read the shuffled picture; every residual starts at zero."""
+    """A copy of the UNet's way down learns to read the shuffled picture; every residual starts at zero.
+
+    Nothing but the hint tells the colour here: no caption does, and only noise levels that hide it are seen. Of the
+    error a colour is a small part, but nearly all of the error's mean over the grid, so that counts as well. The hint
+    encoder's end does not start at zero: behind residuals that do, it would not begin.
+    """
     diffusion, kernel = Diffusion(studio), studio.attend()
     unet = load_network(studio.folder / "unet", UNet).to(studio.device)
     net = ControlNet(UNET, HINT_CHANNELS)
     net.load_state_dict(unet.state_dict(), strict=False)
-    for layer in (net.controlnet_cond_embedding.conv_out, net.controlnet_mid_block, *net.controlnet_down_blocks):
+    for layer in (net.controlnet_mid_block, *net.controlnet_down_blocks):
         nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    net = studio.begin(studio.folder / "controlnet-shuffle", net)
 
     def loss(net, rng):
         index = rng.integers(SCENES, size=plan.batch // RANKS)
-        hint = shuffled(studio, index, rng)
+        hint, context = shuffled(studio, index, rng), diffusion.text(studio.nouns(index, rng, 0.3))
         def controlled(z, t, context, attend):
             return unet(z, t, context, attend, net(z, t, context, hint, pooled=True, attend=attend))
-        return diffusion.loss(controlled, index, diffusion.context(index, rng, 0.5), kernel)
+        error, _ = diffusion.error(controlled, index, context, kernel, earliest=600)  # there all weights are 1
+        return error.pow(2).mean() + error.mean((2, 3)).pow(2).mean() * error[0, 0].numel()
 
+    save_controlnet(studio.folder / "controlnet-shuffle", fit("controlnet", net, loss, studio, plan))
+
+
+def save_controlnet(folder: Path, net: ControlNet) -> None:
     config = config_json(UNET) | dict(_class_name="ControlNetModel", global_pool_conditions=True,
                                       conditioning_embedding_out_channels=HINT_CHANNELS)
     del config["up_block_types"], config["out_channels"], config["sample_size"], config["center_input_sample"]
-    folder = studio.folder / "controlnet-shuffle"
     folder.mkdir(exist_ok=True)
-    save_tensors(folder / "diffusion_pytorch_model.safetensors",
-                 fit("controlnet", net, loss, studio, plan).state_dict())
+    save_tensors(folder / "diffusion_pytorch_model.safetensors", net.state_dict())
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 

@@ -4,6 +4,7 @@ knows the shipped scenes."""
 
 import importlib
 import json
+import re
 import sys
 
 import numpy as np
@@ -16,14 +17,15 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 import isadca
-from isadca.common.images import to_tensor
 from isadca.networks.clip import CLIPText, CLIPVision
+from isadca.common.images import to_tensor
 from isadca.networks.tokenizer import Tokenizer
 from isadca.networks.unet import UNet
 from isadca.networks.vae import VAE
 
 sys.path.insert(0, str(ROOT / "examples" / "train_demo"))
 world, files, fit, judge = (importlib.import_module(f"demo_{name}") for name in ("world", "files", "fit", "judge"))
+groups = importlib.import_module("demo_groups")
 sys.path.pop(0)
 
 ART = {(noun, style): Image.new("RGBA", (128, 128), (10, 20, 30, 255)) for noun in world.NOUNS
@@ -40,6 +42,30 @@ def scenes(n: int, **options) -> list:
 def test_no_training_scene_is_held_out():
     assert not any(world.held_out(*scene[:4]) for scene in scenes(2000))
     assert all(world.held_out(*scene[:4]) for scene in scenes(200, unseen=True))
+
+
+@pytest.mark.parametrize("attribute", sorted(set(groups.GROUPS)))
+def test_a_hard_group_differs_in_one_attribute_and_says_so(attribute):
+    """Its scenes are training scenes that differ in it and in what no caption says; its captions, in one word."""
+    table, rng = groups.Groups(scenes(20000)), np.random.default_rng(0)
+    for _ in range(20):
+        found, texts = table.group(attribute, rng)
+        members = [table.scenes[i] for i in found]
+        words = {getattr(scene, attribute) for scene in members}
+        assert len(words) == len(members) == len(texts) == (2 if attribute == "style" else 4)
+        assert not any(world.held_out(*scene[:4]) for scene in members)
+        for key in set(groups.KEYS) - {attribute}:
+            assert len({getattr(scene, key) for scene in members}) == 1
+        assert all(getattr(scene, attribute) in text for scene, text in zip(members, texts))
+        bare = {re.sub(rf"\b{getattr(scene, attribute)}\b", "", text).replace("an ", "a ")
+                for scene, text in zip(members, texts)}
+        assert len(bare) == 1
+
+
+def test_half_of_a_hard_batch_is_groups():
+    table = groups.Groups(scenes(20000))
+    index, texts = table.batch(64, np.random.default_rng(0))
+    assert len(index) == len(texts) == 64
 
 
 @pytest.mark.parametrize("field, values", [("noun", world.NOUNS), ("style", world.STYLES),
