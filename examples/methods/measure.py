@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "weights" / "demo"
 sys.path.insert(0, str(HERE.parent / "train_demo"))
 PRESETS = ("plain", "ip-adapter", "isadca", "rival-edit", "masactrl")
-HEAD = ("system", "prompt's noun", "R's colour", "R's pattern", "R's style", "SSIM to R", "CPU s")
+HEAD = ("system", "prompt's noun", "R's colour", "R's pattern", "SSIM to R", "CPU s")
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 shared: dict = {}  # what each process has loaded
 
@@ -73,7 +73,7 @@ def measure(pairs: list[tuple[str, str]]) -> list[tuple]:
             [made] = isadca.vary(model, refs[maps], prompt, method, seeds=(1,), replayed=kept[maps])
             took, shows = time.process_time() - began, verdict(made)
             shares = [100 * (shows["noun"] == prompt.split()[-1]),
-                      *(100 * (shows[name] == seen[name]) for name in ("colour", "pattern", "style"))]
+                      *(100 * (shows[name] == seen[name]) for name in ("colour", "pattern"))]
             found.append((name, prompt, picture, made, (*shares, ssim(*map(to_tensor, (made, picture))).item(), took)))
     return found
 

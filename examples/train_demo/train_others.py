@@ -28,7 +28,7 @@ from isadca.networks.clip import CLIPText
 from isadca.common.images import save_png
 from isadca.networks.unet import UNet
 
-PLANS = {"variations": Plan(700, 32, 4e-4), "controlnet": Plan(800, 32, 1e-3), "prior": Plan(1500, 64, 1e-3),
+PLANS = {"variations": Plan(700, 32, 4e-4), "controlnet": Plan(1150, 32, 1e-3), "prior": Plan(1500, 64, 1e-3),
          "metric_clip": Plan(700, 64, 1e-3), "alex": Plan(2500, 48, 2e-3), "vgg": Plan(1500, 48, 2e-3),
          "inception": Plan(1000, 48, 2e-3), "lpips-alex": Plan(500, 32, 1e-2), "lpips-vgg": Plan(300, 32, 1e-2),
          "pairs": Plan(0, 0, 0)}

@@ -115,9 +115,10 @@ def test_a_controlnet_loads(tmp_path, out):
     load_controlnet(out, config)
 
 
-def test_a_whole_model_from_the_messages_command(tmp_path, capsys):
+def test_a_whole_model_from_the_messages_command(tmp_path, monkeypatch, capsys):
     """The folder has pickles alone; the error names a command; once these have run, the folder loads."""
-    folder = shutil.copytree(DEMO, tmp_path / "model", copy_function=shutil.copyfile)
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(DEMO, "model", copy_function=shutil.copyfile))
     for path in [next((folder / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder")]:
         pickled(path.with_suffix(".bin"), load_file(path))
         path.unlink()

@@ -139,7 +139,7 @@ def test_captured_reference_equals_reference_rows_in_the_batch(halves):
 
     def run(x, context, attention):
         for block in blocks:
-            x = block(x, context, attention, (2, 3))
+            x = block(x, context, attention)
         return x
     store = {}
     reference = run(x[:halves], context[:halves], capture(store))

@@ -48,12 +48,12 @@ def read(path: Path, kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_tensor_is_the_files_in_the_wanted_precision(name):
-    """Nothing is missing, made up or left on meta; the VAE, which overflows in fp16, is kept in fp32 there."""
+    """Nothing is missing, made up or left on meta. The VAE, which overflows in fp16 and rounds too much in bf16, is fp32."""
     model = isadca.load(DEMO, device="cpu", dtype=name)
     assert model.dtype == DTYPES[name]
     for kind in (*NETWORKS, "ip_adapter"):
         network, file = getattr(model, kind), read(model.files[kind], kind)
-        dtype = torch.float32 if (kind, name) == ("vae", "fp16") else DTYPES[name]
+        dtype = torch.float32 if kind == "vae" and DTYPES[name].itemsize == 2 else DTYPES[name]
         state = network.state_dict()
         assert state.keys() == file.keys()
         assert {(t.dtype, t.device.type) for t in state.values()} == {(dtype, "cpu")}
