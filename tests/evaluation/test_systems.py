@@ -93,7 +93,7 @@ def test_the_prior_equals_the_pipeline():
 
 
 def test_the_prior_knows_what_a_prompt_looks_like(demo):
-    """Its embedding of "a N", the mean of four seeds, is nearer to that of a picture of an N than to those of other pictures."""
+    """Its embedding of "a N", the mean of four seeds, is nearest to that of a picture of an N."""
     parts, nouns = loading.load_prior(DEMO / "prior"), ("apple", "cat", "pig", "rocket")
     seen = torch.cat([demo.vision(clip_pixels(isadca.load_image(DEMO / f"references/{noun}.png"), 64))[0]
                       for noun in nouns])

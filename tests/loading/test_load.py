@@ -48,7 +48,7 @@ def read(path: Path, kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_tensor_is_the_files_in_the_wanted_precision(name):
-    """Nothing is missing, made up or left on meta. The VAE, which overflows in fp16 and rounds too much in bf16, is fp32."""
+    """Nothing is missing, made up or left on meta. The VAE, which overflows in fp16 and rounds in bf16, is in fp32."""
     model = isadca.load(DEMO, device="cpu", dtype=name)
     assert model.dtype == DTYPES[name]
     for kind in (*NETWORKS, "ip_adapter"):
