@@ -10,6 +10,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -97,9 +98,9 @@ def read(source: Path) -> dict:
 def _unpickle(source: Path) -> tuple[object, list[str]]:
     """What is in the file, and the names of the classes that became placeholders: each is met, noted, and allowed as
     a placeholder at the next try."""
-    strange = []
+    strange: list[str] = []
     while True:
-        stand_ins = [(PlaceholderDict if name.lower().endswith("dict") else Placeholder, name) for name in strange]
+        stand_ins: list[Any] = [(PlaceholderDict if name.lower().endswith("dict") else Placeholder, name) for name in strange]
         try:
             with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
                 warnings.simplefilter("ignore")  # pickle protocols that torch.save does not use
