@@ -100,7 +100,8 @@ def _unpickle(source: Path) -> tuple[object, list[str]]:
     a placeholder at the next try."""
     strange: list[str] = []
     while True:
-        stand_ins: list[Any] = [(PlaceholderDict if name.lower().endswith("dict") else Placeholder, name) for name in strange]
+        stand_ins: list[Any] = [(PlaceholderDict if name.lower().endswith("dict") else Placeholder, name)
+                                for name in strange]
         try:
             with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
                 warnings.simplefilter("ignore")  # pickle protocols that torch.save does not use
