@@ -254,8 +254,9 @@ def test_damage_that_a_cpus_attention_hides(tmp_path, value):
 
 
 @pytest.mark.parametrize("name, content", [("scheduler/scheduler_config.json", "{"), ("tokenizer/vocab.json", "{}")])
-def test_inspect_reads_the_scheduler_and_the_vocabulary(tmp_path, name, content):
-    folder = own(tmp_path / "model", name.split("/")[0])
+def test_inspect_reads_the_scheduler_and_the_vocabulary(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)  # a message is cut where paths are long
+    folder = own(Path("model"), name.split("/")[0])
     (folder / name).write_text(content)
     told(lambda: inspect.parts_of(folder), folder / name if "scheduler" in name else f"{folder / name}, "
          f"{folder / 'tokenizer' / 'merges.txt'}", ";")

@@ -171,7 +171,7 @@ def test_attention_head_dim_is_the_number_of_heads(tmp_path, heads):
 
 def test_adapter_files_number_the_layers_down_up_mid():
     """The order in which diffusers registers its blocks. In the order of execution the middle block would take 13,
-    and nothing but pictures would tell: its neighbours are as wide. Each pair of weights here holds its number."""
+    and of SD1.5's widths only number 19 would not fit. Each pair of weights here holds its number."""
     file = random_state(adapter_shapes("base", [24] * 16))
     for n in range(1, 32, 2):
         file[f"ip_adapter.{n}.to_k_ip.weight"].fill_(n)
