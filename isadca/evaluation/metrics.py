@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..common.problem import Problem
-from ..loading.checkpoints import read_header
+from ..loading.headers import read_header
 
 Weights = dict[str, Tensor]
 

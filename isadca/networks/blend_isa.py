@@ -1,7 +1,4 @@
-"""A short cut for CPUs: plain attention and ISA blended, for the price of ISA alone.
-
-Shapes: as in attention.py.
-"""
+"""A short cut for CPUs: plain attention and ISA blended for the price of ISA alone. Shapes: as in attention.py."""
 
 import torch
 from torch import Tensor

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Encoding, Regex, Tokenizer as BPETokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Encoding, Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from ..common.problem import Problem
@@ -104,6 +104,5 @@ def _clip_bpe(ids: dict[str, int], pairs: list[tuple[str, str]]) -> BPETokenizer
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
          pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([START, END])
     return bpe

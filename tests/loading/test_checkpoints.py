@@ -11,7 +11,7 @@ import torch
 from keyfiles import Listing, cast, ldm_pairs, listing, only, renamed, write_sparse
 
 from isadca.common.problem import Problem
-from isadca.loading import checkpoints, inspect, layouts, load as loading
+from isadca.loading import checkpoints, headers, inspect, layouts, load as loading
 from isadca.networks.clip import CLIPText, CLIPVision
 from isadca.networks.unet import UNet
 from isadca.networks.vae import VAE
@@ -150,7 +150,7 @@ def test_image_encoder_is_found_in_a_file_of_both_clip_encoders(tmp_path):
 @pytest.mark.parametrize("residue", [None, 0, 1, 2, 4])
 def test_header_may_be_unaligned_and_metadata_absent(tmp_path, metadata, residue):
     tensors = listing("ip-adapter_sd15")
-    header = checkpoints.read_header(write_sparse(tmp_path / "x.safetensors", tensors, metadata, residue))
+    header = headers.read_header(write_sparse(tmp_path / "x.safetensors", tensors, metadata, residue))
     assert header == {key: (shape, dtype) for key, (dtype, shape) in tensors.items()}
 
 

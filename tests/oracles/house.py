@@ -51,10 +51,10 @@ def cited(text: str) -> set[int]:
     return found
 
 
-def imports(module: str, lazy: bool = True) -> list[tuple[str, bool]]:
-    """(module, whether it is the package's own), those within functions too. "" is the package itself."""
+def imports(module: str) -> list[tuple[str, bool]]:
+    """(module, whether it is the package's own), lazy imports too. "" is the package itself."""
     found, parts = [], module.split(".")
-    for node in ast.walk(TREES[module]) if lazy else TREES[module].body:
+    for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
             found += [(alias.name, False) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
