@@ -1,33 +1,18 @@
-"""What the package promises about itself: its equations can be found, its parts stay small and in order, and it is
-light to import. Read off the source with `ast`."""
+"""What the package promises about itself: its parts are explained, stay small and in order, and it is light to import.
+Read off the source with `ast`."""
 
 import ast
 import re
 
 import pytest
 from conftest import ROOT
-from house import (DISTRIBUTIONS, EACH_MODULE, EQUATIONS, FUNCTIONS, LADDER, PACKAGE, SOURCES, THIRD_PARTY, TREES,
-                   cited, functions, imports, outside, room, run_python)
+from house import (DISTRIBUTIONS, EACH_MODULE, FUNCTIONS, LADDER, PACKAGE, SOURCES, THIRD_PARTY, TREES, functions,
+                   imports, outside, room, run_python)
 
 import isadca
 
 
 # ---- text ----------------------------------------------------------------------------------------------------
-
-def test_each_equation_is_in_one_functions_docstring():
-    """A reader with the paper open finds the function by searching for the number, and finds it once."""
-    places = {}
-    for module, tree in TREES.items():
-        for name, function in functions(tree, module):
-            for number in cited(ast.get_docstring(function) or ""):
-                places.setdefault(number, []).append(name)
-    assert places == {number: [name] for number, name in EQUATIONS.items()}
-
-
-def test_reading_of_equation_numbers():
-    assert cited("Eq. 5: a; Eqs. 3 and 10, b (Eqs. 6-8), Eqs. 11, 12 and\n14") == {3, 5, 6, 7, 8, 10, 11, 12, 14}
-    assert cited("Equality 5, eqs 7, seq. 3") == set()
-
 
 @pytest.mark.parametrize("name", isadca.__all__)
 def test_what_is_exported_exists_and_is_explained(name):

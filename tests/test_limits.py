@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 from conftest import ROOT
-from house import EQUATIONS, FUNCTIONS, PACKAGE, SOURCES, TREES, cited, functions, room, run_python
+from house import FUNCTIONS, PACKAGE, SOURCES, TREES, room, run_python
 
 from isadca.app.flags import parser
 
@@ -124,16 +124,6 @@ def test_commands_have_the_flags_that_the_parser_has(page):
             if line.startswith("isadca "):
                 command, *argv = shlex.split(line, comments=True)[1:]
                 commands[command].parse_intermixed_args(argv)
-
-
-def test_the_readme_says_where_each_equation_is():
-    """The functions of EQUATIONS, under those names."""
-    table = dict(re.findall(r"^\| (Eqs?\. [^|]*)\| \[`([\w.]+)`\]", README, re.MULTILINE))
-    said = {number: name for text, name in table.items() for number in cited(text)}
-    known = {name for module, tree in TREES.items() for name, _ in functions(tree, module)}
-    assert said.keys() == EQUATIONS.keys()
-    assert {name for number, name in EQUATIONS.items() if not name.endswith(said[number])} == set()
-    assert set(EQUATIONS.values()) <= known
 
 
 def test_the_readmes_python_names_only_what_is_public():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from house import EQUATIONS, cited
+from house import cited, claims
 
 import isadca
 from isadca import Method
@@ -199,7 +199,7 @@ def test_each_panel_names_its_equation_and_a_function_that_exists():
     for block in blocks:
         functions = set(re.findall(r"<code>([\w.]+)</code>", block))
         for number in cited(block) & {3, 4, 5, 8, 10}:  # Eqs. 6 and 9 have a second function each
-            assert EQUATIONS[number] in functions, block
+            assert claims()[number][0] in functions, block
 
 
 # ---- the command -----------------------------------------------------------------------------------------------

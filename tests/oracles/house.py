@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import lru_cache
 
 import pytest
 from conftest import ROOT
@@ -15,10 +16,6 @@ SOURCES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
 EACH_MODULE = pytest.mark.parametrize("module", SOURCES)
 
-# which function is which equation of the paper
-EQUATIONS = {2: "ddim.add_noise", 3: "ddim.step", 4: "ddim.inverse_step", 5: "attention.isa",
-             6: "attention.attend_reference", 7: "networks.ip_adapter.IPAdapter.keys_values", 8: "attention.dca",
-             9: "loop.predict", 10: "ddim.step"}
 NUMBERS = re.compile(r"\bEqs?\.\s+(\d+(?:(?:\s*[-–,]\s*|\s+and\s+)\d+)*)")
 
 # the rooms of the house, a folder or an open file each; a room imports from the rungs before its own only
@@ -48,6 +45,18 @@ def cited(text: str) -> set[int]:
         for part in re.split(r"\s*,\s*|\s+and\s+", group):
             first, *last = map(int, re.split(r"\s*[-–]\s*", part))
             found |= set(range(first, (last or [first])[0] + 1))
+    return found
+
+
+@lru_cache
+def claims() -> dict[int | str, list[str]]:
+    """Equation of the paper, by its number, and "Algorithm 1" -> the functions whose docstrings say so."""
+    found = {}
+    for module, tree in TREES.items():
+        for name, function in functions(tree, module):
+            text = ast.get_docstring(function) or ""
+            for equation in [*sorted(cited(text)), *["Algorithm 1"] * ("Algorithm 1" in text)]:
+                found.setdefault(equation, []).append(name)
     return found
 
 
