@@ -112,10 +112,10 @@ def main(argv=None) -> None:
     maps = [(hw, layer, t) for hw, layer in sorted(levels.items(), reverse=True) for t in times]
     rows = [[crossed(picture, p), ref.image.resize((TILE, TILE), Image.Resampling.NEAREST)]
             + [heat(recorder.looks[t, layer][i], hw, ref.image) for hw, layer, t in maps] for i, p in enumerate(points)]
-    words = [piece.removesuffix("</w>") for piece in model.tokenizer.pieces(args.prompt)]
+    words = model.tokenizer.words(args.prompt)
     fine = levels[max(levels)]
-    by_word = [heat(sum(recorder.words[t, fine][:, i + 1] for t in grid), recorder.hw[fine], picture)
-               for i in range(len(words))]
+    by_word = [heat(sum(recorder.words[t, fine][:, tokens].sum(1) for t in grid), recorder.hw[fine], picture)
+               for _, tokens in words]
     blank = Image.new("RGB", (TILE, TILE), "white")
     big = picture.resize((TILE, TILE), Image.Resampling.NEAREST)
     rows.append(([big, blank] + by_word + [blank] * 99)[: len(rows[0])])
@@ -124,7 +124,8 @@ def main(argv=None) -> None:
     rows.append(([blank, blank] + bars + [blank] * 99)[: len(rows[0])])
     headings = ["variation", "reference"] + [f"{hw[0]}x{hw[1]}, t={t}" for hw, _, t in maps]
     labels = [f"ISA from the pixel at {p}" for p in points] + [
-        "where the words act: " + ", ".join(words), f"% of ISA's mass on the reference, by layer, at t={times}"]
+        "where the words act: " + ", ".join(word for word, _ in words),
+        f"% of ISA's mass on the reference, by layer, at t={times}"]
     contact_sheet(rows, headings, labels).save(args.out)
     print(args.out)
 

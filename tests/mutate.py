@@ -1,6 +1,6 @@
 """Mutation check: change the code in one small way at a time and see whether any test notices.
 
-    python tests/mutate.py                       all four files (tens of minutes on two cores)
+    python tests/mutate.py                       all five files (tens of minutes on two cores)
     python tests/mutate.py attention.py          one of them
     python tests/mutate.py ddim.py --list        its mutants, without running anything
 
@@ -26,6 +26,7 @@ TESTS = {  # fastest first: the first failure ends a mutant
                      "heart/test_batches.py"],
     "ddim.py": ["heart/test_ddim.py", "heart/test_reference.py"],
     "networks/ip_adapter.py": ["networks/test_ip_adapter.py", "networks/test_traps.py", "heart/test_loop.py"],
+    "networks/patch_projections.py": ["networks/test_ip_adapter.py"],
     "loop.py": ["heart/test_loop.py", "heart/test_batches.py", "heart/test_rival.py", "app/test_cli.py"],
 }
 SECONDS = 240  # a mutant that takes longer counts as noticed: it hangs

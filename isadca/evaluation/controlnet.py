@@ -18,7 +18,7 @@ from ..ddim import draw_noise
 from ..loop import decode, guide
 from ..networks.model import Model
 from ..networks.sizes import UNetConfig
-from ..networks.unet import Descent
+from ..networks.unet import Descent, Inputs
 
 
 class HintEncoder(nn.Module):
@@ -55,7 +55,7 @@ class ControlNet(Descent):
         `pooled` replaces each by its mean over the grid, (B,C,1,1), as the Shuffle model was trained.
         """
         x = self.conv_in(z) + self.controlnet_cond_embedding(hint)
-        x, skips = self.descend(x, self.embed_time(z, t), context, attend)
+        x, skips = self.descend(x, Inputs(self.embed_time(z, t), context, attend))
         residuals = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips)]
         residuals.append(self.controlnet_mid_block(x))
         return [r.mean((2, 3), keepdim=True) for r in residuals] if pooled else residuals

@@ -114,27 +114,22 @@ class VisionEmbeddings(nn.Module):
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
 
 
-class VisionTransformer(nn.Module):
-    def __init__(self, config: CLIPVisionConfig):
-        super().__init__()
-        self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.width, eps=config.eps)  # (sic) the published key
-        self.encoder = clip_encoder(config)
-        self.post_layernorm = nn.LayerNorm(config.width, eps=config.eps)
-
-
 class CLIPVision(nn.Module):
     def __init__(self, config: CLIPVisionConfig = CLIPVisionConfig()):
         super().__init__()
         self.config = config
-        self.vision_model = VisionTransformer(config)
+        self.vision_model = nn.ModuleDict({
+            "embeddings": VisionEmbeddings(config),
+            "pre_layrnorm": nn.LayerNorm(config.width, eps=config.eps),  # (sic) the published key
+            "encoder": clip_encoder(config),
+            "post_layernorm": nn.LayerNorm(config.width, eps=config.eps)})
         self.visual_projection = nn.Linear(config.width, config.projection_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """CLIP-normalised pixels (B,3,S,S) -> the image embedding (B,P), not L2-normalised, and the hidden states
         before the last layer (B,1+n,W), which IP-Adapter's plus and full-face variants read."""
         model = self.vision_model
-        x = model.pre_layrnorm(model.embeddings(pixels))
-        for layer in model.encoder["layers"]:
+        x = model["pre_layrnorm"](model["embeddings"](pixels))
+        for layer in model["encoder"]["layers"]:
             penultimate, x = x, layer(x, causal=False)
-        return self.visual_projection(model.post_layernorm(x[:, 0])), penultimate
+        return self.visual_projection(model["post_layernorm"](x[:, 0])), penultimate

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import KV, Attend, Site, attend as plain_attend, repeat_rows
+from ..attention import KV, Attend, Site, repeat_rows
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
 
     def forward(self, x: Tensor, context: Tensor | KV, attend: Attend) -> Tensor:
-        """x (B,N,C). `context` is (B,M,D), or what `UNet.keys_values` made of it once, which is not projected again."""
+        """x (B,N,C); `context` (B,M,D), or the keys and values that `UNet.keys_values` made of it."""
         q = split_heads(self.to_q(x), self.heads)
         if isinstance(context, Tensor):
             k, v = self.keys_values(context)
@@ -164,16 +164,3 @@ class Transformer2D(nn.Module):
         # one copy here, where every layer below would make its own: 4 % of a forward on a CPU
         tokens = self.transformer_blocks[0](tokens.contiguous(), context, attend_on_grid)
         return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, (h, w)))  # (B,N,C) -> (B,C,h,w)
-
-
-class ImageAttention(Attention):
-    """The VAE's single-head self-attention over the grid: its own norm, biases, and always plain attention."""
-
-    def __init__(self, channels: int, groups: int, eps: float):
-        super().__init__(channels, heads=1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B,C,h,w) -> (B,N,C)
-        y = super().forward(tokens, tokens, plain_attend)
-        return x + y.transpose(1, 2).unflatten(2, x.shape[-2:])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import KV, Attend, attend as plain_attend
 from ..common.images import clip_pixels
@@ -54,7 +54,7 @@ class Model:
 
     def noise(self, z: Tensor, t: Tensor | int, context: Tensor | KV, attend: Attend = plain_attend,
               edit: Edit | None = None) -> Tensor:
-        """ε_θ(z_t, t, c), computed in the model's dtype. Latents stay float32 (or wider) between the steps."""
+        """ε_θ(z_t, t, c), computed in the model's dtype and given in that of z."""
         return self.unet(z.to(self.dtype), t, context, attend, edit=edit).to(z.dtype)
 
     def context(self, prompts: Sequence[str | Tensor]) -> Tensor:
@@ -64,11 +64,11 @@ class Model:
         return torch.stack([next(rows) if isinstance(prompt, str) else prompt for prompt in prompts])
 
     def encode(self, pixels: Tensor) -> Tensor:
-        z = self.vae.encode(pixels.to(self.device, self._vae_dtype))
+        z = self.vae.encode(pixels.to(self.device, self.vae_dtype))
         return Watch(self, "encoding")(z.to(self.latent_dtype))
 
     def decode(self, z: Tensor) -> Tensor:
-        return Watch(self, "decoding")(self.vae.decode(z.to(self._vae_dtype)))
+        return Watch(self, "decoding")(self.vae.decode(z.to(self.vae_dtype)))
 
     def image_tokens(self, image: Image.Image | None = None, embeds: Tensor | None = None) -> Tensor:
         """The adapter's tokens, [no image, image], (2,n,D), of a picture or of an encoder's `embeds`: (1,P), or the
@@ -76,41 +76,36 @@ class Model:
         adapter = self.ip_adapter
         if adapter is None:
             raise Problem("the image branch needs an IP-Adapter; give one with --ip-adapter, or --ip-scale 0")
-        if embeds is None:
-            embeds = self._see(clip_pixels(image, self._vision().config.image_size))
-        expected = f"(1, patches, {adapter.embed_dim})" if adapter.reads_patches else f"(1, {adapter.embed_dim})"
+        embeds = self._see(image) if embeds is None else embeds
         if (embeds.ndim, len(embeds), embeds.shape[-1]) != (2 + adapter.reads_patches, 1, adapter.embed_dim):
+            expected = f"(1, patches, {adapter.embed_dim})" if adapter.reads_patches else f"(1, {adapter.embed_dim})"
             raise Problem(f"image_embeds are {tuple(embeds.shape)}, this IP-Adapter reads {expected}")
         embeds = embeds.to(self.device, self.dtype)
-        if not adapter.reads_patches:
-            return adapter.tokens(embeds, torch.zeros_like(embeds))
-        side = self._vision().config.image_size
-        return adapter.tokens(embeds, self._see(torch.zeros(1, 3, side, side)))
+        return adapter.tokens(embeds, self._see(None) if adapter.reads_patches else torch.zeros_like(embeds))
 
-    def _see(self, pixels: Tensor) -> Tensor:
-        """What the adapter reads of CLIP-normalised pixels: the image embedding or the patch states."""
-        embedding, patches = self._vision()(pixels.to(self.device, self.dtype))
-        return patches if self.ip_adapter.reads_patches else embedding
-
-    def _vision(self) -> CLIPVision:
+    def _see(self, image: Image.Image | None) -> Tensor:
+        """What the adapter reads of a picture: its embedding or its patch states. None is an all-zero input."""
         if self.vision is None:
             raise Problem("the IP-Adapter needs an image encoder; give one with --image-encoder")
-        return self.vision
+        side = self.vision.config.image_size
+        pixels = torch.zeros(1, 3, side, side) if image is None else clip_pixels(image, side)
+        embedding, patches = self.vision(pixels.to(self.device, self.dtype))
+        return patches if self.ip_adapter.reads_patches else embedding
 
     @property
     def latent_dtype(self) -> torch.dtype:
-        """Of what the steps add up: float32, or wider where the networks are."""
+        """Of the latents between the steps: float32, or wider where the networks are."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
-    def _vae_dtype(self) -> torch.dtype:
+    def vae_dtype(self) -> torch.dtype:
         return next(self.vae.parameters()).dtype
 
 
 class Watch:
     """Raises Problem for inf and NaN in what it is called with: one result, or a latent at each step t of a loop.
 
-    A GPU does not wait: each step leaves a flag on the device, and `done` reads them at the end. A CPU stops at once.
+    A CPU stops at once. A GPU is not waited for: each step leaves a flag on it, and `done` reads them at the end.
     """
 
     def __init__(self, model: Model, stage: str):
@@ -124,19 +119,8 @@ class Watch:
         return x
 
     def done(self) -> None:
-        while self.flags:
-            t, fine = self.flags.pop(0)
-            if not fine:
-                raise Problem(self._report(t))
-
-    def _report(self, t: int | None) -> str:
-        model, step = self.model, "" if t is None else f" from step t = {t} on"
-        dtype = model._vae_dtype if t is None else model.dtype
-        half = dtype.itemsize == 2  # inf may then come from rounding; NaN comes from the file
-        advice = ("try --dtype fp32" if half else "try a smaller --guidance or --ip-scale" if self.stage == "sampling"
-                  else "try another picture or checkpoint")
-        for kind in ("unet", "vae", "text", "vision", "ip_adapter"):
-            for name, weight in (getattr(model, kind) or nn.Module()).named_parameters():
-                if weight.isnan().any() or not (half or weight.isfinite().all()):
-                    advice = f"{model.files.get(kind, kind)} holds them in {name}: download it again"
-        return f"{self.stage}: inf or NaN{step}, in {str(dtype).removeprefix('torch.')}; {advice}"
+        for t, finite in self.flags:
+            if not finite:
+                from .not_finite import not_finite
+                raise not_finite(self.model, self.stage, t)
+        self.flags.clear()

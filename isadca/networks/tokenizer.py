@@ -1,7 +1,7 @@
 """CLIP's byte-level BPE, assembled from vocab.json and merges.txt with the `tokenizers` library.
 
-Two things OpenAI's first tokenizer did before this are not done here (nor by transformers' fast one): repairing
-mojibake with ftfy, and unescaping HTML entities.
+OpenAI's first tokenizer also repaired mojibake with ftfy and unescaped HTML entities. Neither this one nor
+transformers' fast one does.
 """
 
 import json
@@ -20,28 +20,26 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 class Tokenizer:
     """Text -> ids (B, max_tokens): start, words, end, then padding with the end token, as SD1.x was trained."""
 
-    def __init__(self, vocab: Path, merges: Path, max_tokens: int = 77):
-        try:
-            ids, pairs = _read_both(Path(vocab)) if vocab == merges else _read(Path(vocab), Path(merges))
-            if len(pairs) < len(ids) - 514:  # all but the 2 x 256 bytes and the 2 special tokens come from merges
-                raise ValueError(f"{len(pairs)} merges for {len(ids)} tokens")
-            self._bpe = _clip_bpe(ids, pairs)
-            self.start_id, self.end_id = ids[START], ids[END]
-        except OSError as error:
-            raise Problem(f"{error.filename}: cannot read the tokenizer ({error.strerror})") from None
-        except Exception as error:  # the Rust side raises plain Exception
-            reason = str(error).partition("\n")[0]
-            raise Problem(f"{vocab}, {merges}: not a CLIP vocabulary ({reason}); copy both again") from None
+    def __init__(self, ids: dict[str, int], merges: list[tuple[str, str]], max_tokens: int):
+        if len(merges) < len(ids) - 514:  # all but the 2 x 256 bytes and the 2 special tokens come from merges
+            raise ValueError(f"{len(merges)} merges for {len(ids)} tokens")
+        self._bpe = clip_bpe(ids, merges)
+        self.start_id, self.end_id = ids[START], ids[END]
         self.max_tokens = max_tokens
 
     @classmethod
     def from_folder(cls, folder: Path, max_tokens: int) -> "Tokenizer":
         """From vocab.json and merges.txt, or from tokenizer.json, where transformers 5 saves both."""
-        folder = Path(folder)
-        both = folder / "tokenizer.json"
-        if both.is_file() and not (folder / "vocab.json").exists():
-            return cls(both, both, max_tokens)
-        return cls(folder / "vocab.json", folder / "merges.txt", max_tokens)
+        files = [folder / "vocab.json", folder / "merges.txt"]
+        if (folder / "tokenizer.json").is_file() and not files[0].exists():
+            files = [folder / "tokenizer.json"]
+        try:
+            return cls(*read_vocabulary(*map(read_text, files)), max_tokens)
+        except OSError as error:
+            raise Problem(f"{error.filename}: cannot read the tokenizer ({error.strerror})") from None
+        except Exception as error:  # the Rust side raises plain Exception
+            reason, names = str(error).partition("\n")[0], ", ".join(map(str, files))
+            raise Problem(f"{names}: not a CLIP vocabulary ({reason}); copy the tokenizer again") from None
 
     def __call__(self, texts: list[str]) -> Tensor:
         rows = []
@@ -53,13 +51,8 @@ class Tokenizer:
 
     def cut(self, text: str) -> str:
         """The tail of `text` that does not fit into max_tokens; empty when all of it does."""
-        encoded = self._encode(text)
-        room = self.max_tokens - 2
-        return text[encoded.offsets[room][0]:].strip() if len(encoded.ids) > room else ""
-
-    def pieces(self, text: str) -> list[str]:
-        """The tokens of `text` as strings, in the order of the context's rows 1, 2, ... (row 0 is the start)."""
-        return self._encode(text).tokens[: self.max_tokens - 2]
+        offsets, room = self._encode(text).offsets, self.max_tokens - 2
+        return text[offsets[room][0]:].strip() if len(offsets) > room else ""
 
     def words(self, text: str) -> list[tuple[str, list[int]]]:
         """The words of `text`, each with the context's rows that hold its tokens."""
@@ -77,27 +70,25 @@ class Tokenizer:
             raise Problem(f"prompt {text!r} is not Unicode text; type it again in UTF-8") from None
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     if path.exists() and not path.is_file():  # a pipe would never end
         raise ValueError(f"{path.name} is no regular file")
     return path.read_text(encoding="utf-8")
 
 
-def _read(vocab: Path, merges: Path) -> tuple[dict[str, int], list[tuple]]:
-    lines = _text(merges).splitlines()
-    return json.loads(_text(vocab)), [tuple(line.split(" ")) for line in lines
-                                      if line and not line.startswith("#version")]
-
-
-def _read_both(path: Path) -> tuple[dict[str, int], list[tuple]]:
-    model = json.loads(_text(path))["model"]
+def read_vocabulary(vocab: str, merges: str | None = None) -> tuple[dict[str, int], list[tuple]]:
+    """The ids and merges in the texts of vocab.json and merges.txt, or of tokenizer.json alone."""
+    if merges is not None:
+        lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
+        return json.loads(vocab), [tuple(line.split(" ")) for line in lines]
+    model = json.loads(vocab)["model"]
     if model.get("end_of_word_suffix") != "</w>":
         raise ValueError("words in it do not end in </w>")
     return model["vocab"], [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
 
 
-def _clip_bpe(ids: dict[str, int], pairs: list[tuple[str, str]]) -> BPETokenizer:
-    bpe = BPETokenizer(models.BPE(ids, pairs, continuing_subword_prefix="", end_of_word_suffix="</w>",
+def clip_bpe(ids: dict[str, int], merges: list[tuple[str, str]]) -> BPETokenizer:
+    bpe = BPETokenizer(models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix="</w>",
                                   fuse_unk=False, unk_token=END))
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])

@@ -6,36 +6,42 @@ Reference: LDM, arXiv 2112.10752. Shapes: B rows, H × W pixels, h × w latent g
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Downsample2D, ImageAttention, ResnetBlock2D, Upsample2D
+from ..attention import attend
+from .layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D
 from .sizes import VAEConfig
 
 EPS = 1e-6  # everywhere in the VAE
 
 
-class VAEBlock(nn.Module):
-    """Resnets, then a downsample, an upsample or neither."""
+class ImageAttention(Attention):
+    """Single-head self-attention over the grid, with a norm and biases of its own; always plain."""
 
-    def __init__(self, c_in: int, c_out: int, n: int, groups: int, resample: str | None):
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            [ResnetBlock2D(c_in if j == 0 else c_out, c_out, None, groups, EPS) for j in range(n)])
-        self.downsamplers = nn.ModuleList([Downsample2D(c_out, symmetric=False)] if resample == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample2D(c_out)] if resample == "up" else [])
+    def __init__(self, channels: int, groups: int):
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B,C,h,w) -> (B,N,C)
+        y = super().forward(tokens, tokens, attend)
+        return x + y.transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+class VAEBlock(nn.Module):
+    """Resnets, in the middle with attention after the first; then a change of the grid's size, if any."""
+
+    def __init__(self, c_in: int, c_out: int, n: int, groups: int, kind: str = ""):
+        super().__init__()
+        c_ins = [c_in] + [c_out] * (n - 1)
+        self.resnets = nn.ModuleList(ResnetBlock2D(c, c_out, None, groups, EPS) for c in c_ins)
+        self.attentions = nn.ModuleList([ImageAttention(c_out, groups)] if kind == "mid" else [])
+        self.downsamplers = nn.ModuleList([Downsample2D(c_out, symmetric=False)] if kind == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample2D(c_out)] if kind == "up" else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.resnets
+        for layer in [first, *self.attentions, *others, *self.downsamplers, *self.upsamplers]:
             x = layer(x)
         return x
-
-
-class MidBlock(nn.Module):
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, None, groups, EPS) for _ in range(2)])
-        self.attentions = nn.ModuleList([ImageAttention(channels, groups, EPS)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class VAEEncoder(nn.Module):
@@ -44,17 +50,16 @@ class VAEEncoder(nn.Module):
         channels, groups, n = config.channels, config.norm_groups, config.layers_per_block
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            VAEBlock(channels[max(i - 1, 0)], c, n, groups, "down" if i < len(channels) - 1 else None)
+            VAEBlock(channels[max(i - 1, 0)], c, n, groups, "down" if i < len(channels) - 1 else "")
             for i, c in enumerate(channels))
-        self.mid_block = MidBlock(channels[-1], groups)
+        self.mid_block = VAEBlock(channels[-1], channels[-1], 2, groups, "mid")
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        for layer in [self.conv_in, *self.down_blocks, self.mid_block]:
+            x = layer(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAEDecoder(nn.Module):
@@ -62,18 +67,17 @@ class VAEDecoder(nn.Module):
         super().__init__()
         channels, groups, n = config.channels[::-1], config.norm_groups, config.layers_per_block + 1
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
-        self.mid_block = MidBlock(channels[0], groups)
+        self.mid_block = VAEBlock(channels[0], channels[0], 2, groups, "mid")
         self.up_blocks = nn.ModuleList(
-            VAEBlock(channels[max(i - 1, 0)], c, n, groups, "up" if i < len(channels) - 1 else None)
+            VAEBlock(channels[max(i - 1, 0)], c, n, groups, "up" if i < len(channels) - 1 else "")
             for i, c in enumerate(channels))
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        for layer in [self.conv_in, self.mid_block, *self.up_blocks]:
+            z = layer(z)
+        return self.conv_out(F.silu(self.conv_norm_out(z)))
 
 
 class VAE(nn.Module):
