@@ -77,6 +77,7 @@ class Controls(NamedTuple):
     method: Method
     kernel: Attend
     ref_qk: KV = {}                       # its queries and keys in every layer, if the method has `ref_maps`
+    ref_z: Tensor | None = None           # z̄_t of every reference, (R,4,h,w)
 
     @property
     def n(self) -> int:
@@ -129,8 +130,10 @@ def sample(model: Model, ref: Reference, runs: list[Run], **options) -> list[Ten
         reference_step = next(replayed)
         for j, run in enumerate(runs):
             controls = controls_at(model, stride.t, i, ref, run, zs[j], told[j], reference_step, o)
+            if run.method.before_step:
+                controls = controls._replace(z=run.method.before_step(model, controls))
             noise = predict_all(model, controls, o.rows_at_once)
-            changed = o.on_step(run, stride.t, zs[j], noise) if o.on_step else None
+            changed = o.on_step(run, stride.t, controls.z, noise) if o.on_step else None
             if isinstance(changed, Tensor):
                 controls = controls._replace(z=changed)
                 noise = predict_all(model, controls, o.rows_at_once)
@@ -151,7 +154,8 @@ def controls_at(model: Model, t: int, i: int, ref: Reference, run: Run, z: Tenso
     rows = min(method.ref_rows, len(told.context))
     kv = {name: (k[-rows:], v[-rows:]) for name, (k, v) in step.kv.items()} if step else {}
     return Controls(z, t, i, ref.steps, lam, told, kv, step.eps if step else None, o.mask, method, o.kernel,
-                    {name: (q[-1:], k[-1:]) for name, (q, k) in step.qk.items()} if step else {})
+                    {name: (q[-1:], k[-1:]) for name, (q, k) in step.qk.items()} if step else {},
+                    torch.stack([each.chain[each.steps - i] for each in (ref, *o.also)]))
 
 
 def predict_all(model: Model, controls: Controls, rows_at_once: int) -> Noise:
@@ -237,10 +241,7 @@ def guided_noise(model: Model, controls: Controls, branches: list[list[Guided]])
 
 def guide(eps: Sequence[Tensor], *weights: float) -> Tensor:
     """Classifier-free guidance, ε_u + m (ε_c - ε_u), arXiv 2207.12598; with more rows, a weight for each of them."""
-    guided = eps[0]
-    for weight, other in zip(weights, eps[1:]):
-        guided = guided + weight * (other - eps[0])
-    return guided
+    return eps[0] + sum(weight * (other - eps[0]) for weight, other in zip(weights, eps[1:]))
 
 
 def adain(x: Tensor, ref: Tensor) -> Tensor:
@@ -267,11 +268,10 @@ def condition(model: Model, run: Run, tokens: Tensor | None) -> Conditions:
     prompts = [run.negative, run.prompt] if run.method.guidance != 1 else [run.prompt]
     words = model.tokenizer.words(run.prompt) if isinstance(run.prompt, str) else []
     context = model.context(prompts)
-    unet = model.unet
-    text_kv = [unet.keys_values(half) for half in context.split(1)]
+    text_kv = [model.unet.keys_values(half) for half in context.split(1)]
     if tokens is None or not run.method.wants_image:
         return Conditions(context, text_kv, words, {}, {})
-    kv = model.ip_adapter.keys_values(tokens[-len(prompts):], unet.sites, unet.config.n_heads)
+    kv = model.ip_adapter.keys_values(tokens[-len(prompts):], model.unet.sites, model.unet.config.n_heads)
     return Conditions(context, text_kv, words, kv, {})
 
 

@@ -31,6 +31,7 @@ class Method:
     name: str = "isadca"
     lam: Lambda = knob(0.7, "λ of Eq. 9: 1 is ISA alone, 0 is DCA (IP-Adapter) alone; or linear:1:0.3, cosine:1:0")
     mix: str | Callable = knob("noise", "where Eq. 9 mixes", ("noise", "attention"))  # or a function of loop.Controls
+    before_step: Callable | None = None  # a function of the model and loop.Controls that gives z_t as the step sees it
     edit: Callable | None = None  # a function of loop.Controls that gives the UNet's `edit`, for hidden states
     guidance: float = knob(7.0, "m of classifier-free guidance; 1 is without")
     k: int = knob(0, "K of Algorithm 1: control is on for k < t <= t-start, elsewhere a step is plain")

@@ -17,7 +17,7 @@ from conftest import ROOT
 
 import isadca
 from isadca.attention import Site
-from isadca.loop import Run, guide, sample
+from isadca.loop import Conditions, Controls, Run, guide, sample
 
 FOLDER = ROOT / "examples" / "methods"
 FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("measure", "claims"))
@@ -325,6 +325,92 @@ def test_story_diffusion():
     assert module.story_diffusion(controls(module, i=0)) is isadca.attend
 
 
+# ---- before a step ---------------------------------------------------------------------------------------------
+
+def at_step(model, z, i, prompt="a lemon", **changes):
+    """True controls for a model's own pass, of ten steps."""
+    context = model.context(["", prompt])
+    told = Conditions(context, [model.unet.keys_values(half) for half in context.split(1)],
+                      model.tokenizer.words(prompt), {}, {})
+    fields = dict(z=z, t=700, i=i, steps=10, lam=0, conditions=told, ref_kv={}, ref_eps=None, mask=None,
+                  method=isadca.Method(), kernel=isadca.attend)
+    return Controls(**fields | changes)
+
+
+def test_attend_and_excite(tiny):
+    """The gradient, against differences of the loss, which is written again in NumPy."""
+    module, z = load("attend_and_excite"), normal(2, 4, 8, 8)
+    module.COARSE = 1  # the grid of the tiny UNet's six layers; its middle has one
+    c = at_step(tiny, z, 2)
+
+    def losses(z):
+        maps = []
+
+        def kernel(q, k, v, site):
+            if site.kind == "cross" and site.hw == (8, 8):
+                maps.append(probs(*numpy(q, k)).mean(1))
+            return isadca.attend(q, k, v, site)
+        tiny.noise(z, 700, tiny.context(["a lemon"]), kernel)
+        heat = softmax(100 * np.mean(maps, 0)[:, :, 1:-1])[..., 1].reshape(-1, 8, 8)  # "lemon", after "a"
+        padded, g = np.pad(heat, ((0, 0), (1, 1), (1, 1)), "reflect"), np.exp(-np.array([1, 0, 1]) / (2 * 0.5**2))
+        g = np.outer(g, g) / g.sum() ** 2
+        smooth = sum(g[y, x] * padded[:, y:y + 8, x:x + 8] for y in range(3) for x in range(3))
+        return 1 - smooth.max((1, 2))
+    along = normal(2, 4, 8, 8)
+    slope = (losses(z + 1e-6 * along) - losses(z - 1e-6 * along)) / 2e-6
+    with torch.no_grad():
+        moved = module.excite(tiny, c)
+    np.testing.assert_allclose(((z - moved) * along).sum((1, 2, 3)), 20 * 0.9**0.5 * slope, rtol=1e-4)
+    assert module.excite(tiny, c._replace(i=5)) is z  # half of the steps
+
+
+def test_plug_and_play(tiny, tiny_ref):
+    """Features and maps of a pass over the reference alone, and where and when they are put in."""
+    module, z_ref, own = load("plug_and_play"), tiny_ref.chain[3:4], {}
+
+    def keep(h, place):
+        own[place] = h
+        return h
+
+    def kernel(q, k, v, site):
+        own[site.name] = q, k
+        return isadca.attend(q, k, v, site)
+    tiny.noise(z_ref, 700, tiny.context([""]), kernel, keep)
+    c = at_step(tiny, normal(N, 4, 8, 8), 4, ref_z=torch.stack([z_ref[0], normal(4, 8, 8)]))
+    assert module.read(tiny, c) is c.z
+    h = normal(2 * N, *own["up_blocks.1.resnets.1"].shape[1:])
+    edit = module.features(c)
+    assert torch.equal(edit(h, "up_blocks.1.resnets.1"), own["up_blocks.1.resnets.1"].expand_as(h))
+    assert edit(h, "up_blocks.1.resnets.0") is h and module.features(c._replace(i=8))(h, module.FEATURE) is h
+    for site in (site for site in tiny.unet.sites if site.kind == "self"):
+        (q, k), v = own[site.name], normal(2 * N, *own[site.name][0].shape[1:])
+        theirs = [normal(*v.shape), normal(*v.shape)]
+        swapped = site.place == "up" and not site.name.startswith(("up_blocks.0", "up_blocks.1.attentions.0"))
+        a = probs(*numpy(q, k)) if swapped else probs(*numpy(*theirs))
+        is_close(module.maps(c)(*theirs, v, site), a @ v.numpy())
+    assert module.maps(c._replace(i=5)) is isadca.attend
+
+
+def test_style_id():
+    module, (q, k, v), q_ref = load("style_id"), drawn(), drawn(rows=1)[0]
+    content, style = drawn(rows=1)[1:], drawn(rows=1)[1:]
+    z_ref = normal(2, 4, 8, 8) * 3 + 1
+    c = controls(module, ref_qk={UP.name: (q_ref, None)}, ref_z=z_ref,
+                 ref_kv={UP.name: [torch.cat(pair, 2) for pair in zip(content, style)]})
+    q_, q_ref_, k_style, v_style = numpy(q, q_ref, *style)
+    mixed = 1.5 * (0.75 * q_ref_ + 0.25 * q_)
+    is_close(module.style_id(c)(q, k, v, UP), probs(mixed, k_style) @ v_style)
+    for untouched in (UP._replace(place="down"), UP._replace(hw=(2, 2)), UP._replace(kind="cross")):
+        is_close(module.style_id(c)(q, k, v, untouched), oracle.attention(*numpy(q, k, v)))
+    z, style = numpy(c.z, z_ref[1])
+    at = dict(axis=(-1, -2), keepdims=True)
+    std = [np.sqrt(x.var(ddof=1, **at) + 1e-5) for x in (z, style)]
+    c.i = 0
+    is_close(module.start(None, c), (z - z.mean(**at)) / std[0] * std[1] + style.mean(**at))
+    c.i = 1
+    assert module.start(None, c) is c.z
+
+
 # ---- what the seam gives them ----------------------------------------------------------------------------------
 
 def test_ref_qk_is_the_reference_s_own_pass(tiny, tiny_ref):
@@ -381,7 +467,7 @@ def test_a_method_runs_and_changes_the_picture(name, tiny, tiny_ref):
     layers = method.layers and (-1, -2)  # this UNet has fewer
     for guidance in (method.guidance, 1) if name != "nag" else (method.guidance,):
         own = replace(method, guidance=guidance, layers=layers)
-        plain = replace(own, mix=lambda controls: controls.kernel, edit=None)
+        plain = replace(own, mix=lambda controls: controls.kernel, edit=None, before_step=None)
         ours, theirs = sample(tiny, tiny_ref, [Run("a lemon", own, seeds), Run("a lemon", plain, seeds)])
         assert ours.isfinite().all() and ours.shape == theirs.shape
         assert not torch.allclose(ours, theirs)

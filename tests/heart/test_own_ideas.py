@@ -177,6 +177,25 @@ def test_another_z_t_is_predicted_from(tiny, tiny_ref):
     torch.testing.assert_close(z, expected, **TIGHT)
 
 
+def test_a_method_may_change_z_t_before_each_step(tiny, tiny_ref):
+    """It reads the model and the step's controls; what it returns is what on_step is told and the step starts from."""
+    def halved(model, controls):
+        assert model is tiny
+        return controls.z / 2
+    given = []
+    z = run(tiny, tiny_ref, Method(before_step=halved), on_step=lambda run, t, z, noise: given.append(z))
+    by_hand = run(tiny, tiny_ref, on_step=lambda run, t, z, noise: z / 2)
+    torch.testing.assert_close(z, by_hand, **TIGHT)
+    torch.testing.assert_close(given[0], tiny_ref.chain[-1:] / 2, **TIGHT)
+
+
+def test_controls_hold_the_references_at_the_step(tiny, tiny_ref, other_ref):
+    seen = []
+    run(tiny, tiny_ref, Method(mix=lambda c: seen.append(c.ref_z) or attend), also=[other_ref])
+    for i, z in enumerate(seen):
+        assert torch.equal(z, torch.stack([tiny_ref.chain[6 - i], other_ref.chain[6 - i]]))
+
+
 def test_prompts_may_be_embeddings(tiny, tiny_ref):
     embedded = Run(tiny.context([PROMPT])[0], negative=tiny.context(["stripes"])[0])
     [z] = sample(tiny, tiny_ref, [embedded])
