@@ -70,11 +70,13 @@ def claims(make, gallery: dict, reference) -> list[tuple]:
         ("t-gate", "SSIM to the picture without it", 1, near(gated, plain)),
         ("todo", "SSIM to the picture without it", 1, near(m("todo")[0], plain)),
         ("story-diffusion", "pictures with the same backdrop, %", alike(plain), alike(m("story-diffusion")[0])),
+        ("attend-and-excite", f"without guidance: {noun}", shown(one, "lemon"),
+         shown(m("attend-and-excite", guidance=1)[0], "lemon")),
         ("instant-style", noun, shown(make(ADAPTER)[0], "lemon"), shown(m("instant-style")[0], "lemon")),
         ("style-aligned", "SSIM to the reference", near(plain, [reference] * len(plain)),
          near(m("style-aligned")[0], [reference] * len(plain))),
         *((name, place, off(start, reference), off(m(name, diversity=HERE.diversity)[0], reference))
-          for name in ("prompt-to-prompt", "fate-zero", "masactrl-masks", "cross-image")),
+          for name in ("prompt-to-prompt", "fate-zero", "plug-and-play", "masactrl-masks", "cross-image")),
     ]
 
 
@@ -91,7 +93,7 @@ def main() -> None:
         began = time.process_time()
         made = isadca.vary(model, refs[method.ref_maps], "a lemon", method, seeds=range(args.seeds))
         return made, (time.process_time() - began) / args.seeds
-    with torch.inference_mode():
+    with torch.no_grad():  # Attend-and-Excite takes a gradient of its own
         found = claims(make, measure.systems([]), refs[False].image)
     print(f"| method | {args.seeds} seeds, {args.steps} steps | without | with |\n|---|---|---|---|")
     for name, what, without, with_it in found:

@@ -29,15 +29,15 @@ from isadca.methods import own_method
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "weights" / "demo"
 sys.path.insert(0, str(HERE.parent / "train_demo"))
+SCRIPTS = ("measure", "claims", "inversion")  # of this folder; its other files are methods
 PRESETS = ("plain", "ip-adapter", "isadca", "rival-edit", "masactrl")
 HEAD = ("system", "prompt's noun", "R's colour", "R's pattern", "SSIM to R", "CPU s")
-BEGIN, END = "<!-- measured -->", "<!-- end -->"
 shared: dict = {}  # what each process has loaded
 
 
 def systems(own: list[str]) -> dict[str, isadca.Method]:
     """Presets, then the folder's methods, then FILE.py:NAME, by name."""
-    files = [path for path in sorted(HERE.glob("*.py")) if path.stem not in ("measure", "claims")]
+    files = [path for path in sorted(HERE.glob("*.py")) if path.stem not in SCRIPTS]
     folder = [own_method(f"{path}:{path.stem.upper()}")[0] for path in files]
     return ({name: isadca.PRESETS[name] for name in PRESETS} | {method.name: method for method in folder}
             | {where: own_method(where)[0] for where in own})
@@ -60,6 +60,21 @@ def verdict(picture) -> dict[str, str]:
     return {name: shared["heads"][name][logits.argmax().item()] for name, logits in seen.items()}
 
 
+def judged(made, prompt: str, picture, seen: dict[str, str]) -> list[float]:
+    """Whether `made` shows the prompt's noun, and R's colour and pattern, 100 or 0; its SSIM to R, `picture`."""
+    shows = verdict(made)
+    shares = [100 * (shows["noun"] == prompt.split()[-1]),
+              *(100 * (shows[name] == seen[name]) for name in ("colour", "pattern"))]
+    return [*shares, ssim(*map(to_tensor, (made, picture))).item()]
+
+
+def styled(model, method: isadca.Method, style, prompt: str, seeds):
+    """StyleID has no prompt, but a content picture: that is plain's of the prompt, and R is the style."""
+    [content] = isadca.vary(model, style, prompt, "plain", seeds=seeds)
+    ref = isadca.invert(model, content, style.steps)
+    return isadca.vary(model, ref, "", method, seeds=seeds, also=[style])
+
+
 def measure(pairs: list[tuple[str, str]]) -> list[tuple]:
     """The pairs of one reference -> (system, prompt, R, picture, numbers) each, for every system."""
     model, picture, found = shared["model"], isadca.load_image(DEMO / "pairs" / pairs[0][0]), []
@@ -70,11 +85,12 @@ def measure(pairs: list[tuple[str, str]]) -> list[tuple]:
     for name, method in shared["systems"].items():
         for _, prompt in pairs:
             began, maps = time.process_time(), method.ref_maps
-            [made] = isadca.vary(model, refs[maps], prompt, method, seeds=(1,), replayed=kept[maps])
-            took, shows = time.process_time() - began, verdict(made)
-            shares = [100 * (shows["noun"] == prompt.split()[-1]),
-                      *(100 * (shows[name] == seen[name]) for name in ("colour", "pattern"))]
-            found.append((name, prompt, picture, made, (*shares, ssim(*map(to_tensor, (made, picture))).item(), took)))
+            if name == "style-id":
+                [made] = styled(model, method, refs[False], prompt, seeds=(1,))
+            else:
+                [made] = isadca.vary(model, refs[maps], prompt, method, seeds=(1,), replayed=kept[maps])
+            took = time.process_time() - began
+            found.append((name, prompt, picture, made, (*judged(made, prompt, picture, seen), took)))
     return found
 
 
@@ -94,6 +110,13 @@ def sheet(found: list[tuple], columns: int = 6):
     return isadca.contact_sheet(rows, [row[1] for row in own[names[0]]], ["reference", *names])
 
 
+def put(text: str, page: Path, name: str) -> None:
+    """`text` in place of what stands between <!-- name --> and <!-- end -->."""
+    before, rest = page.read_text(encoding="utf-8").split(f"<!-- {name} -->")
+    _, after = rest.split("<!-- end -->", 1)
+    page.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end -->{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("own", nargs="*", metavar="FILE.py:NAME", help="a Method, or a function Controls -> Attend")
@@ -111,8 +134,7 @@ def main() -> None:
             f"{(time.monotonic() - began) / 60:.0f} minutes.*")
     print(text)
     if args.into:
-        before, rest = args.into.read_text(encoding="utf-8").split(BEGIN)
-        args.into.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        put(text, args.into, "measured")
         sheet(found).save(args.into.with_name("measured.png"), optimize=True)
 
 
