@@ -1,12 +1,13 @@
 """What each paper claims, as one figure on the demo: the method beside the same run without it.
 
-    python examples/methods/claims.py [--seeds 8] [--steps 25]
+    python examples/methods/claims.py [--seeds 8] [--steps 25] [--into examples/methods/README.md]
 
 "a lemon" with the pig as reference, one picture per seed. The object is what differs from the picture's median colour;
 positions are shares of the width; nouns and backdrops are the judge's of measure.py. Offline, one process.
 """
 
 import argparse
+import datetime
 import time
 from collections import Counter
 from dataclasses import replace
@@ -50,6 +51,11 @@ def alike(pictures) -> float:
     return 100 * Counter(seen).most_common(1)[0][1] / len(seen)
 
 
+def coloured(pictures, reference) -> float:
+    """The share of pictures with the colour of the reference's backdrop, in per cent."""
+    return 100 * np.mean([measure.verdict(p)["colour"] == measure.verdict(reference)["colour"] for p in pictures])
+
+
 def near(pictures, others) -> float:
     return np.mean([ssim(to_tensor(a), to_tensor(b)).item() for a, b in zip(pictures, others)])
 
@@ -75,6 +81,8 @@ def claims(make, gallery: dict, reference) -> list[tuple]:
         ("instant-style", noun, shown(make(ADAPTER)[0], "lemon"), shown(m("instant-style")[0], "lemon")),
         ("style-aligned", "SSIM to the reference", near(plain, [reference] * len(plain)),
          near(m("style-aligned")[0], [reference] * len(plain))),
+        ("style-id", "the reference's colour is seen, %", coloured(plain, reference),
+         coloured(m("style-id")[0], reference)),
         *((name, place, off(start, reference), off(m(name, diversity=HERE.diversity)[0], reference))
           for name in ("prompt-to-prompt", "fate-zero", "plug-and-play", "masactrl-masks", "cross-image")),
     ]
@@ -84,20 +92,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--into", type=measure.Path, help="a README: its table is replaced")
     args = parser.parse_args()
     measure.start([], args.steps)
     model, picture = measure.shared["model"], isadca.load_image(measure.HERE.parent / "pig.png")
     refs = {maps: isadca.invert(model, picture, args.steps, "a pig" if maps else "") for maps in (False, True)}
 
     def make(method):
-        began = time.process_time()
-        made = isadca.vary(model, refs[method.ref_maps], "a lemon", method, seeds=range(args.seeds))
+        began, ref, seeds = time.process_time(), refs[method.ref_maps], range(args.seeds)
+        if method.name == "style-id":
+            made = [measure.styled(model, method, refs[False], "a lemon", (seed,))[0] for seed in seeds]
+        else:
+            made = isadca.vary(model, ref, "a lemon", method, seeds=seeds)
         return made, (time.process_time() - began) / args.seeds
     with torch.no_grad():  # Attend-and-Excite takes a gradient of its own
         found = claims(make, measure.systems([]), refs[False].image)
-    print(f"| method | {args.seeds} seeds, {args.steps} steps | without | with |\n|---|---|---|---|")
-    for name, what, without, with_it in found:
-        print(f"| {name} | {what} | {without:.2f} | {with_it:.2f} |".replace(".00 |", " |"))
+    lines = ["| method | figure | without | with |", "|---" * 4 + "|"]
+    lines += [f"| {name} | {what} | {without:.2f} | {with_it:.2f} |".replace(".00 |", " |")
+              for name, what, without, with_it in found]
+    text = "\n".join(lines) + f"\n\n*{args.seeds} seeds, {args.steps} steps, {datetime.date.today()}.*"
+    print(text)
+    if args.into:
+        measure.put(text, args.into, "claims")
 
 
 if __name__ == "__main__":

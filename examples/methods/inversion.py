@@ -87,8 +87,9 @@ def steps(task: Task) -> list[tuple[str, list[float]]]:
     """Variations by the number of steps, by fixed-point iterations, and with more steps up than down."""
     model, picture = measure.shared["model"], task.picture
     refs = {f"{T} steps": isadca.invert(model, picture, T) for T in COMPARED}
-    refs |= {f"{T} steps, one iteration": isadca.invert(model, picture, T, fixed_point=1) for T in (min(COMPARED), 50)}
-    refs["50 steps up, 10 down"] = refs["50 steps"].every(5)
+    few, many = min(COMPARED), max(COMPARED)
+    refs |= {f"{T} steps, one iteration": isadca.invert(model, picture, T, fixed_point=1) for T in (few, many)}
+    refs[f"{many} steps up, {few} down"] = refs[f"{many} steps"].every(many // few)
     return [row for name, ref in refs.items() for row in judged(task, name, ref)]
 
 

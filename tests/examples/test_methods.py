@@ -20,7 +20,8 @@ from isadca.attention import Site
 from isadca.loop import Conditions, Controls, Run, guide, sample
 
 FOLDER = ROOT / "examples" / "methods"
-FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("measure", "claims"))
+SCRIPTS = ("measure", "claims", "inversion")
+FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in SCRIPTS)
 NAMES = [path.stem for path in FILES]
 N, HEADS, GRID, TOKENS, WIDTH = 2, 2, (4, 4), 7, 5
 UP = Site("up_blocks.1.attentions.0.transformer_blocks.0.attn1", "self", "up", 9, GRID)
