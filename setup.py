@@ -21,6 +21,7 @@ setup(
               "isadca._weights"],
     package_dir={"isadca": "isadca", "isadca._weights": "weights"},
     package_data={"isadca": ["py.typed", "*.pyi"], "isadca.app": ["explore.html", "fetch.tsv"],
+                  "isadca.loading": ["config_json.tsv"],
                   "isadca._weights": weights},
     install_requires=["torch>=2.10,<2.14", "safetensors>=0.4.3", "tokenizers>=0.20", "pillow>=11", "numpy>=1.26",
                       "tqdm>=4.60", "huggingface_hub>=0.30"],

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..common.files import atomic_write
 from ..common.problem import Problem
-from ..loading.headers import read_header
+from ..loading.checkpoints import read_header
 
 # an IP-Adapter's training checkpoint; where accelerate stored shared tensors once, adapter_modules are in the UNet
 TRAINED = [(r"^image_proj_model\.", "image_proj."), (r"^adapter_modules\.(\d+)\.", r"ip_adapter.\1.")]

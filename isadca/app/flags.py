@@ -137,6 +137,7 @@ def _files(commands) -> None:
     _, groups = _command(commands, "inspect", "what a weights file or folder is and whether it would load; a picture's "
                          "recipe; a saved reference; a results folder", "isadca inspect weights/demo")
     groups.basic.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    groups.basic.add_argument("--json", action="store_true", help="one JSON object a path, for programs")
     _, groups = _command(commands, "check", "does this machine compute what it should? A demo picture is made again",
                          "isadca check --device cuda")
     _machine(groups)

@@ -1,4 +1,7 @@
-"""isadca inspect: what a file is, for every kind that isadca reads or writes. isadca methods: the presets."""
+"""isadca inspect: what a file is, for every kind that isadca reads or writes. isadca methods: the presets.
+
+Each kind is described by a dict, which --json prints as it is; the text is made of the dict.
+"""
 
 import json
 from argparse import Namespace
@@ -9,37 +12,62 @@ from textwrap import fill
 
 from ..common.problem import Problem
 from ..methods import PRESETS
+from .console import note
+
+# what isadca's evaluation and examples read beyond a model, by a key that only this has
+OTHERS = [("ControlNet", "diffusers", "controlnet_cond_embedding.conv_in.weight"),
+          ("ControlNet", "LDM", "input_hint_block.0.weight"),
+          ("ControlNet", "LDM", "control_model.input_hint_block.0.weight"),
+          ("Kandinsky's prior", "diffusers", "prd_embedding"),
+          ("AlexNet, for LPIPS", "torchvision", "features.6.weight"),
+          ("VGG16, for LPIPS", "torchvision", "features.17.weight"),
+          ("Inception-v3, for SIFID", "torchvision", "Conv2d_1a_3x3.conv.weight"),
+          ("the heads of LPIPS", "lpips", "lin0.model.1.weight")]
+RECIPE = ("reference_sha256", "device", "dtype", "threads", "versions", "weights_sha256")
 
 
 def inspect(args: Namespace) -> None:
-    """One line per part; the first Problem is raised after the paths before it are printed."""
+    """What each path is; the first Problem is raised after the paths before it are printed."""
     for path in args.paths:
         if path.suffix.lower() == ".png":
-            _picture(path)
+            told = _picture(path)
         elif (path / "settings.json").is_file():
-            _results(path)
+            told = _results(path)
         elif path.suffix == ".safetensors" and _is_reference(path):
-            _reference(path)
+            told = _reference(path)
         else:
-            _weights(path)
+            told = _weights(path)
+        print(json.dumps({"path": str(path)} | told) if args.json else "\n".join(_lines(path, told)))
 
 
-def _picture(path: Path) -> None:
+def _lines(path: Path, told: dict) -> list[str]:
+    """The same for people."""
+    if told["what"] == "a picture":
+        return [f"{path}: {told['command']}", *(f"    {name}: {json.dumps(told[name])}" for name in RECIPE)]
+    if told["what"] == "results":
+        return [f"{path}: results of isadca evaluate, {told['variations']} variations",
+                *(f"    {name}: {json.dumps(value)}" for name, value in told["settings"].items())]
+    if told["what"] == "a saved reference":
+        return [f"{path}: a saved reference, {told['size']}×{told['size']}, {told['steps']} steps, "
+                f"prompt {told['prompt']!r}"]
+    return [f"{part['path']}: {part['kind']}, layout {part['layout']}, {part['tensors']} tensors, "
+            f"{part['parameters'] / 1e6:.1f} M parameters, {'/'.join(part['dtypes'])}, {part['bytes'] / 1e6:.1f} MB; "
+            + ("loads" if part["loads"] else "recognised, not checked") for part in told["parts"]]
+
+
+def _picture(path: Path) -> dict:
     from .recipe import read_recipe, typed_again
     recipe = read_recipe(path)
-    print(f"{path}: {typed_again(recipe, path) if recipe.get('command') == 'vary' else recipe.get('command')}")
-    for what in ("reference_sha256", "device", "dtype", "threads", "versions", "weights_sha256"):
-        print(f"    {what}: {json.dumps(recipe.get(what))}")
+    command = typed_again(recipe, path) if recipe.get("command") == "vary" else recipe.get("command")
+    return {"what": "a picture", "command": command} | {name: recipe.get(name) for name in RECIPE}
 
 
-def _results(path: Path) -> None:
-    made = len(list(path.glob("pictures/*/*-*.png")))
+def _results(path: Path) -> dict:
     try:
-        settings = json.loads((path / "settings.json").read_text(encoding="utf-8"))
-        lines = [f"    {name}: {json.dumps(value)}" for name, value in settings.items()]
+        settings = dict(json.loads((path / "settings.json").read_text(encoding="utf-8")).items())
     except (OSError, ValueError, AttributeError, RecursionError):
         raise Problem(f"{path}/settings.json: is damaged; a new run with another -o makes one") from None
-    print(f"{path}: results of isadca evaluate, {made} variations", *lines, sep="\n")
+    return {"what": "results", "variations": len(list(path.glob("pictures/*/*-*.png"))), "settings": settings}
 
 
 def _is_reference(path: Path) -> bool:
@@ -51,20 +79,76 @@ def _is_reference(path: Path) -> bool:
         return False  # the weights' reader says why
 
 
-def _reference(path: Path) -> None:
+def _reference(path: Path) -> dict:
     from .saved_reference import load_reference
     ref = load_reference(path, None)
-    print(f"{path}: a saved reference, {ref.image.width}×{ref.image.height}, {ref.steps} steps, prompt {ref.prompt!r}")
+    return {"what": "a saved reference", "size": ref.image.width, "steps": ref.steps, "prompt": ref.prompt}
 
 
-def _weights(path: Path) -> None:
-    from ..loading.inspect import parts_of
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+def _weights(path: Path) -> dict:
+    parts = []
     for part in parts_of(path):
-        count = sum(prod(shape) for shape in part.shapes.values())
-        dtypes = "/".join(sorted({tensor.dtype for tensor in part.tensors.values()}))
-        size = sum(file.stat().st_size for file in part.files)
-        print(f"{part.path}: {part.kind}, layout {part.layout}, {len(part.shapes)} tensors, "
-              f"{count / 1e6:.1f} M parameters, {dtypes}, {size / 1e6:.1f} MB; loads")
+        parts.append({"path": str(part.path), "kind": part.kind, "layout": part.layout, "tensors": len(part.tensors),
+                      "parameters": sum(map(prod, part.shapes.values())),
+                      "dtypes": sorted({tensor.dtype for tensor in part.tensors.values()}),
+                      "bytes": sum(file.stat().st_size for file in part.files), "loads": _is_network(part)})
+        if part.kind == "vision" and part.shapes["vision_model.pre_layrnorm.weight"] == (1024,) and not (
+                part.path.parent / "config.json").exists():
+            note(f"{part.path}: taken for OpenAI's ViT-L/14; LAION's needs its config.json beside it")
+    return {"what": "weights", "parts": parts}
+
+
+def _is_network(part) -> bool:
+    from ..loading.load import NETWORKS
+    return part.kind in (*NETWORKS, "ip_adapter")
+
+
+def parts_of(path: Path) -> list:
+    """The `Part`s that a file, a model's folder, or a folder of safetensors files holds. Raises Problem for the first
+    that would not load; a model's folder includes its scheduler and vocabulary."""
+    import torch
+
+    from ..loading.checkpoints import check_names, shapes_of
+    from ..loading.config_json import read_schedule
+    from ..loading.load import FOLDERS, build, load_tokenizer, locate, read_parts
+    if (path / FOLDERS["unet"]).is_dir() and not _is_image_variations(path):
+        encoder = path / FOLDERS["vision"]
+        parts = [*read_parts(locate(path) | ({"vision": encoder} if encoder.is_dir() else {}), torch.float32).values()]
+    elif folders := {kind: path / name for kind, name in FOLDERS.items() if (path / name).is_dir()}:
+        parts = [*read_parts(folders, torch.float32).values()]
+    elif path.is_dir():
+        parts = [part for file in sorted(path.glob("*.safetensors")) for part in _of_file(file)]
+        if not parts:
+            raise Problem(f"{path}: no unet folder and no .safetensors files in it")
+    else:
+        parts = _of_file(path)
+    for part in parts:
+        if _is_network(part):
+            network = build(part)
+            check_names(shapes_of(network), part)
+            if part.kind == "text" and (path / "tokenizer").is_dir():
+                load_tokenizer(path, network.config)
+    if (path / "scheduler").is_dir() and (path / FOLDERS["unet"]).is_dir():
+        read_schedule(path / "scheduler" / "scheduler_config.json")
+    return parts
+
+
+def _is_image_variations(path: Path) -> bool:
+    """Its UNet reads an image embedding: there is no text encoder."""
+    return (path / "image_encoder").is_dir() and not (path / "text_encoder").is_dir()
+
+
+def _of_file(path: Path) -> list:
+    from ..loading.checkpoints import read_header, recognise
+    from ..loading.layouts import PREFIXES, Part
+    header = read_header(path)
+    if not any(key.startswith(PREFIXES) for key in header.tensors):  # a whole model may hold a ControlNet, too
+        for kind, layout, mark in OTHERS:
+            if mark in header.tensors:
+                return [Part(kind, layout, header, header.tensors)]
+    return list(recognise(path).values())
 
 
 def methods(args: Namespace) -> None:

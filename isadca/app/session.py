@@ -17,7 +17,7 @@ from ..common.files import sha256
 from ..common.images import fit, load_image
 from ..common.own_code import is_own
 from ..common.problem import Problem
-from ..loading.load import default_weights, find, load, pick_file
+from ..loading.load import default_weights, find_tokenizer, load, pick_file
 from ..loop import Run, sample
 from ..methods import Method, method_named, own_method
 from ..reference import Reference, invert
@@ -59,10 +59,9 @@ class Session:
             self.prior = load_prior(prior, self.model.dtype, self.model.device)
             files["prior"] = pick_file(Path(prior, "prior"), self.model.dtype)
         weights = Path(args.weights or default_weights())
-        vocabulary = find("tokenizer", weights) or default_weights().parent / "tokenizer"
         self._read = {f"--{name}": sha256(Path(path)) for name in ("mask", "keep", "also")
                       if (path := getattr(args, name, None)) and Path(path).is_file()}
-        self._hashes = recipes.hash_files(recipes.inputs_of(files, weights, vocabulary))
+        self._hashes = recipes.hash_files(recipes.inputs_of(files, weights, find_tokenizer(weights)))
 
     @property
     def hashes(self) -> dict[str, str]:

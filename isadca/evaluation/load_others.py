@@ -7,9 +7,10 @@ import torch
 
 from ..common.problem import Problem
 from ..ddim import Schedule, ScheduleConfig
-from ..loading.checkpoints import load_into, read_headers, take, without_values
-from ..loading.layouts import UNET_RULES, Layout
+from ..loading.checkpoints import load_into, read_header, take, without_values
+from ..loading.layouts import Layout
 from ..loading.load import build, find_part, pick_file, vae_dtype
+from ..loading.original import UNET_RULES
 from ..networks.clip import CLIPText
 from ..networks.model import Model
 from ..networks.sizes import UNetConfig
@@ -28,7 +29,6 @@ CONTROLNETS = [  # their second layout is the first without its prefix
     Layout("controlnet", "LDM", "control_model.input_hint_block.0.weight", "control_model.", CONTROLNET_RULES),
     Layout("controlnet", "LDM", "input_hint_block.0.weight", "", CONTROLNET_RULES),
     Layout("controlnet", "diffusers", "controlnet_cond_embedding.conv_in.weight")]
-PRIOR = Layout("prior", "diffusers", "prd_embedding")
 
 
 def load_controlnet(path: str | Path, config: UNetConfig = UNetConfig(), dtype: torch.dtype = torch.float32,
@@ -37,12 +37,12 @@ def load_controlnet(path: str | Path, config: UNetConfig = UNetConfig(), dtype: 
     ControlNet copies its half. Raises Problem for other files and other UNets."""
     path = Path(path)
     path = pick_file(path, dtype) if path.is_dir() else path
-    header = read_headers(path)
-    layout = next((layout for layout in CONTROLNETS if layout.mark in header), None)
+    header = read_header(path)
+    layout = next((layout for layout in CONTROLNETS if layout.mark in header.tensors), None)
     if layout is None:
         raise Problem(f"{path}: is not a ControlNet, it has no controlnet_cond_embedding or input_hint_block; "
                       "the paper's comparison uses control_v11e_sd15_shuffle")
-    part = take(path, layout, header)
+    part = take(layout, header)
     widening = ["conv_in", *(f"blocks.{i}" for i in range(1, len(part.shapes), 2))]  # every other block widens
     keys = [f"controlnet_cond_embedding.{name}.weight" for name in widening]
     channels = tuple(part.shapes[key][0] for key in keys if key in part.shapes)
@@ -55,10 +55,9 @@ def load_prior(folder: str | Path, dtype: torch.dtype = torch.float32,
                device: torch.device | str = "cpu") -> tuple[Prior, CLIPText, Tokenizer]:
     """Kandinsky 2.2's prior folder: prior/, text_encoder/ and tokenizer/."""
     folder = Path(folder)
-    path = pick_file(folder / "prior", dtype)
-    part = take(path, PRIOR, read_headers(path))
+    part = find_part(folder / "prior", "prior", dtype)
     with without_values():
-        net = Prior(_prior_config(path, part.shapes))
+        net = Prior(_prior_config(part.path, part.shapes))
     prior = load_into(net, part, dtype, device)
     text = find_part(folder / "text_encoder", "text", dtype)
     encoder = load_into(build(text), text, dtype, device)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..common.problem import Problem
-from ..loading.headers import read_header
+from ..loading.checkpoints import read_header
 
 Weights = dict[str, Tensor]
 
@@ -165,7 +165,7 @@ def load_metric(path: str | Path, kind: str, device: torch.device | str = "cpu")
     """The tensors that a metric needs, in float32; the rest of the file is ignored. Raises Problem, naming a key
     that is missing."""
     path, keys = Path(path), trunk_keys(kind)
-    missing = sorted(set(keys) - read_header(path).keys())
+    missing = sorted(set(keys) - read_header(path).tensors.keys())
     if missing:
         raise Problem(f"{path}: is not {kind} weights for a metric, it has no {missing[0]}; see weights/README.md")
     with safe_open(path, framework="pt") as file:

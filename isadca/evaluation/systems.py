@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..common.problem import Problem
 from ..loading.checkpoints import load_into
-from ..loading.load import build, find, find_part, folder_of
+from ..loading.load import build, find, find_part, inside
 from ..loop import vary
 from ..methods import ISADCA, PRESETS, Method
 from ..networks.model import Model
@@ -85,8 +85,8 @@ SYSTEMS = {system.name: system for system in [  # what is compared unless told o
 
 def find_extra(weights: Path, name: str) -> Path | None:
     """What a system or a metric needs beyond the model: `name` in the weights folder or beside it."""
-    folder = folder_of(weights)
-    return find(name, folder, folder / "models", folder.parent)
+    folder, models = inside(weights)
+    return find(name, folder, models, folder.parent)
 
 
 def lacks(system: System, model: Model, weights: Path) -> str:

@@ -2,98 +2,38 @@
 mathematics are refused, not ignored."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..common.problem import Problem
 from ..ddim import Schedule, ScheduleConfig
-from ..networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from ..networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig
 
 AGAIN = "copy the file again from the model's repository"
-LARGEST_FILE, LARGEST_SIZE = 2**24, 2**20
+PLAIN_ONE = "use a plain Stable Diffusion 1.x model"
+LONGEST, LARGEST = 2**24, 2**20  # bytes of a file, any size in it
+MOST = {"layers": 64, "layers_per_block": 16, "channels": 8}  # what is built before it is compared with the weights
 
 
 class Key(NamedTuple):
-    """One key of a config.json: the field that it fills, the values under which our mathematics is the model's, and
-    what the library that wrote the file means where the key is absent (None: our own default, which is SD1.5's)."""
+    """A key of a config file, as config_json.tsv has it: the field that it fills, the values under which our
+    mathematics is the model's (none: any), and what the library that wrote the file means where it is absent."""
 
-    field: str | None = None
-    only: tuple = ()
-    absent: object = None
-
-
-def _only(**values: tuple) -> dict[str, Key]:
-    """Keys that fill no field."""
-    return {key: Key(only=allowed) for key, allowed in values.items()}
+    field: str
+    computed: list
+    absent: object
 
 
-ACTS = ("quick_gelu", "gelu")
-SWISH = ("silu", "swish")  # two names of one function
+def _read_keys() -> dict[str, dict[str, Key]]:
+    table: dict[str, dict[str, Key]] = {}
+    for line in Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").splitlines()[1:]:
+        config, key, field, computed, absent, _ = line.split("\t")
+        table.setdefault(config, {})[key] = Key(field, json.loads(computed or "[]"), json.loads(absent or "null"))
+    return table
 
-# The absent values are the defaults of transformers' CLIPTextConfig and CLIPVisionConfig, which leave out of a file
-# what equals them (models/clip/configuration_clip.py), and of all of diffusers' schedulers.
-KEYS = {
-    UNetConfig: {
-        "in_channels": Key("in_channels", only=(4,)),  # inpainting and editing models read 9 and 8
-        "out_channels": Key("out_channels", only=(4,)),
-        "block_out_channels": Key("channels"),
-        "layers_per_block": Key("layers_per_block"),
-        "attention_head_dim": Key("n_heads"),  # a historical misnomer: it holds the NUMBER of heads
-        "cross_attention_dim": Key("context_dim"),
-        "norm_num_groups": Key("norm_groups"),
-        "sample_size": Key("sample_size"),
-        **_only(act_fn=SWISH, norm_eps=(1e-5,), flip_sin_to_cos=(True,), freq_shift=(0,), center_input_sample=(False,),
-                downsample_padding=(1,), mid_block_scale_factor=(1,), mid_block_type=("UNetMidBlock2DCrossAttn",),
-                use_linear_projection=(False,), dual_cross_attention=(False,), only_cross_attention=(False,),
-                mid_block_only_cross_attention=(None, False), cross_attention_norm=(None,), class_embed_type=(None,),
-                addition_embed_type=(None,), encoder_hid_dim=(None,), encoder_hid_dim_type=(None,),
-                time_cond_proj_dim=(None,), timestep_post_act=(None,), time_embedding_act_fn=(None,),
-                time_embedding_dim=(None,), time_embedding_type=("positional",), num_class_embeds=(None,),
-                transformer_layers_per_block=(1,), reverse_transformer_layers_per_block=(None,),
-                resnet_time_scale_shift=("default",), resnet_skip_time_act=(False,), resnet_out_scale_factor=(1,),
-                conv_in_kernel=(3,), conv_out_kernel=(3,), attention_type=("default",), num_attention_heads=(None,),
-                upcast_attention=(False, None, True))},  # where it is computed, not what
-    VAEConfig: {
-        "in_channels": Key("in_channels", only=(3,)),
-        "latent_channels": Key("latent_channels", only=(4,)),
-        "block_out_channels": Key("channels"),
-        "layers_per_block": Key("layers_per_block"),
-        "norm_num_groups": Key("norm_groups"),
-        "scaling_factor": Key("scaling_factor"),
-        **_only(act_fn=SWISH, use_quant_conv=(True,), use_post_quant_conv=(True,), mid_block_add_attention=(True,),
-                shift_factor=(None,), latents_mean=(None,), latents_std=(None,))},
-    CLIPTextConfig: {
-        "vocab_size": Key("vocab_size", absent=49408),
-        "hidden_size": Key("width", absent=512),
-        "num_hidden_layers": Key("layers", absent=12),
-        "num_attention_heads": Key("n_heads", absent=8),
-        "intermediate_size": Key("mlp_width", absent=2048),
-        "max_position_embeddings": Key("max_tokens", absent=77),
-        "hidden_act": Key("act", only=ACTS, absent="quick_gelu"),
-        "layer_norm_eps": Key("eps", absent=1e-5)},
-    CLIPVisionConfig: {
-        "hidden_size": Key("width", absent=768),
-        "num_hidden_layers": Key("layers", absent=12),
-        "num_attention_heads": Key("n_heads", absent=12),
-        "intermediate_size": Key("mlp_width", absent=3072),
-        "image_size": Key("image_size", absent=224),
-        "patch_size": Key("patch_size", absent=32),
-        "projection_dim": Key("projection_dim", absent=512),
-        "hidden_act": Key("act", only=ACTS, absent="quick_gelu"),
-        "layer_norm_eps": Key("eps", absent=1e-5),
-        "num_channels": Key(only=(3,))},
-    ScheduleConfig: {
-        "num_train_timesteps": Key("train_steps", absent=1000),
-        "beta_start": Key("beta_start", absent=0.0001),
-        "beta_end": Key("beta_end", absent=0.02),
-        "beta_schedule": Key("beta_schedule", only=("scaled_linear", "linear"), absent="linear"),
-        "steps_offset": Key("steps_offset", only=(0, 1)),
-        "set_alpha_to_one": Key("alpha_to_one"),
-        **_only(prediction_type=("epsilon",), trained_betas=(None,), rescale_betas_zero_snr=(False,),
-                timestep_spacing=("leading",), thresholding=(False,))},
-}
+
+KEYS = _read_keys()
 PER_LEVEL = {"attention_head_dim", "only_cross_attention", "layers_per_block", "cross_attention_dim",
              "transformer_layers_per_block"}  # a list of equal values is that value
 
@@ -101,8 +41,8 @@ PER_LEVEL = {"attention_head_dim", "only_cross_attention", "layers_per_block", "
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises Problem for anything else, however long or deep."""
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"it is longer than {LARGEST_FILE >> 20} MB")
+        if path.stat().st_size > LONGEST:
+            raise ValueError(f"it is longer than {LONGEST >> 20} MB")
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError(f"it holds a {type(raw).__name__}, not an object")
@@ -115,9 +55,9 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(cls, path: str | Path):
-    """The dataclass `cls` from a diffusers / transformers config.json; the defaults where there is no such file.
+    """The dataclass `cls` from a diffusers or transformers config.json; its defaults where there is no such file.
 
-    Raises Problem for unreadable JSON and for a setting that isadca does not compute. `steps_offset` is 1, whatever
+    Raises Problem for unreadable JSON and for a setting that isadca does not compute. `steps_offset` is 1 whatever
     the file says, as StableDiffusionPipeline has it.
     """
     path = Path(path)
@@ -126,74 +66,40 @@ def read_config(cls, path: str | Path):
     raw = read_json(path)
     half = {CLIPTextConfig: "text_config", CLIPVisionConfig: "vision_config"}.get(cls)
     if isinstance(raw.get(half), dict):  # a whole CLIP, with both halves in one file
-        raw = raw[half] | {"projection_dim": raw.get("projection_dim", 512),
-                           "architectures": ["CLIPTextModelWithProjection"]}
+        raw = {"projection_dim": raw.get("projection_dim", 512)} | raw[half]
     values = {}
-    for name, key in KEYS[cls].items():
+    for name, key in KEYS[cls.__name__].items():
         value = raw.get(name, key.absent)
         if name in PER_LEVEL and isinstance(value, list) and value and value == value[:1] * len(value):
             value = value[0]
-        if name in raw and key.only and value not in key.only:
-            raise Problem(f"{path}: {name} is {_short(value)}, isadca computes {' or '.join(map(repr, key.only))} "
-                          "only; use a plain Stable Diffusion 1.x model")
+        if name in raw and key.computed and value not in key.computed:
+            raise Problem(f"{path}: {name} is {_short(value)}, isadca computes {' or '.join(map(repr, key.computed))} "
+                          f"only; {PLAIN_ONE}")
         if key.field and (name in raw or key.absent is not None):
             values[key.field] = tuple(value) if isinstance(value, list) else value
-    if cls is UNetConfig:
-        values |= _unet_levels(raw, path)
-    if cls is CLIPTextConfig and "CLIPTextModelWithProjection" in str(raw.get("architectures")):
-        values["projection_dim"] = raw.get("projection_dim", 512)
+    if cls is UNetConfig and raw.get("down_block_types") is not None:
+        values["attention"] = _attending_levels(raw, path)
     config = _checked(cls, values, path)
     return replace(config, steps_offset=1) if cls is ScheduleConfig else config
 
 
-def read_schedule(path: Path) -> Schedule:
-    """The noise levels of a scheduler_config.json. Raises Problem where they do not fall from 1 towards 0."""
-    config = read_config(ScheduleConfig, path)
-    schedule = Schedule(config)
-    levels = [schedule.alpha_bar(t) for t in range(config.train_steps)]
-    if not (1 > levels[0] and levels == sorted(levels, reverse=True) and levels[-1] > 0):
-        raise Problem(f"{path}: beta_start {config.beta_start} and beta_end {config.beta_end} make no falling noise "
-                      f"levels; {AGAIN}")
-    return schedule
-
-
-def check_prediction(path: Path, keys) -> None:
-    """A single file says in a key (ComfyUI's) or in a .yaml beside it that it predicts v instead of the noise."""
-    beside = [path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
-    says = re.compile(r"""^\s*parameterization\s*:\s*['"]?v['"]?\s*(#.*)?$""", re.MULTILINE)
-    signs = [f"the key {key}" for key in ("v_pred", "ztsnr") if key in keys]
-    signs += [str(yaml) for yaml in beside if yaml.is_file() and yaml.stat().st_size < LARGEST_FILE
-              and says.search(yaml.read_text(encoding="utf-8", errors="replace"))]
-    if signs:
-        raise Problem(f"{path}: predicts v, by {signs[0]}; isadca computes epsilon only; use a plain Stable Diffusion "
-                      "1.x model")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:56]} ..."
-
-
-def _unet_levels(raw: dict, path: Path) -> dict:
-    """Which levels attend, from the block type names; the way up must mirror the way down."""
+def _attending_levels(raw: dict, path: Path) -> tuple[bool, ...]:
+    """Which levels attend, from the block types' names; the way up must mirror the way down."""
     down, up = raw.get("down_block_types"), raw.get("up_block_types")
-    if down is None:
-        return {}
-    names = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
-    attention, mirrored = (tuple(names.get(str(n)) for n in types) if isinstance(types, list) else (None,)
-                           for types in (down, up))
-    if None in attention or attention != mirrored[::-1]:
-        raise Problem(f"{path}: block types {_short(down)} and {_short(up)} are not those of Stable Diffusion 1.x; use "
-                      "a plain one")
-    return {"attention": attention}
+    attention = tuple("CrossAttn" in str(name) for name in down) if isinstance(down, list) else ()
+    names = lambda way, levels: [f"CrossAttn{way}Block2D" if attends else f"{way}Block2D" for attends in levels]
+    if not attention or down != names("Down", attention) or up != names("Up", attention[::-1]):
+        raise Problem(f"{path}: block types {_short(down)} and {_short(up)} are not Stable Diffusion 1.x's; "
+                      f"{PLAIN_ONE}")
+    return attention
 
 
 def _checked(cls, values: dict, path: Path):
     """Build `cls`, turning a wrong type or size into one line that names the file and the field."""
     default = cls()
     for field, value in values.items():
-        usual = 1 if field == "projection_dim" else getattr(default, field)
-        if not _fits(value, usual, least=0 if field == "steps_offset" else 1):
+        usual = getattr(default, field)
+        if not _fits(value, usual, 0 if field == "steps_offset" else 1, MOST.get(field, LARGEST)):
             raise Problem(f"{path}: {field} is {_short(value)}, expected a {type(usual).__name__} such as {usual!r}; "
                           f"{AGAIN}")
     config = cls(**values)
@@ -207,10 +113,27 @@ def _checked(cls, values: dict, path: Path):
     return config
 
 
-def _fits(value, usual, least: int) -> bool:
-    """Whether a value has the type of the usual one, and its numbers a size that can be built."""
+def _fits(value, usual, least: int, most: int) -> bool:
+    """Whether a value has the type of the usual one, and a size that can be built."""
     if isinstance(usual, tuple):
-        return isinstance(value, tuple) and len(value) > 0 and all(_fits(v, usual[0], least) for v in value)
+        return isinstance(value, tuple) and 0 < len(value) <= most and all(
+            _fits(v, usual[0], least, LARGEST) for v in value)
     if isinstance(usual, float):
-        return type(value) in (int, float) and 0 < value < LARGEST_SIZE
-    return type(value) is type(usual) and (type(value) is not int or least <= value <= LARGEST_SIZE)
+        return type(value) in (int, float) and 0 < value < LARGEST
+    return type(value) is type(usual) and (type(value) is not int or least <= value <= most)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:56]} ..."
+
+
+def read_schedule(path: Path) -> Schedule:
+    """The noise levels of a scheduler_config.json. Raises Problem where they do not fall from 1 towards 0."""
+    config = read_config(ScheduleConfig, path)
+    schedule = Schedule(config)
+    levels = [schedule.alpha_bar(t) for t in range(config.train_steps)]
+    if not (1 > levels[0] and levels == sorted(levels, reverse=True) and levels[-1] > 0):
+        raise Problem(f"{path}: beta_start {config.beta_start} and beta_end {config.beta_end} make no falling noise "
+                      f"levels; {AGAIN}")
+    return schedule

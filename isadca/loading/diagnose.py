@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError
 
 from ..common.problem import Problem
 from ..networks.ip_adapter import IPAdapter
-from .headers import FLOATS, Part, Stored, read_headers, same_shape
+from .layouts import FLOATS, Header, Part, same_shape
 
 # what people try that is not loadable: (a key that tells, what it is, what to do)
 STRANGERS = [
@@ -15,35 +16,90 @@ STRANGERS = [
      "isadca implements Stable Diffusion 1.x"),
     (r"^controlnet_|^input_hint_block\.", "a ControlNet", "give the base model with --weights"),
 ]
-UNKNOWN = [  # the same, for files in which no part was recognised
+UNKNOWN = [  # the same, for files in which no network was recognised
     (r"^lora_|\.lora[._]|^(unet|text_encoder)\..*_lora\.", "a LoRA", "merge it into a checkpoint first"),
     (r"^control_model\.", "a ControlNet", "give the base model with --weights"),
     (r"^adapter_modules\.|^image_proj_model\.", "an IP-Adapter training checkpoint",
      "convert it to the published layout: isadca convert FILE -o NAME.safetensors"),
+    (r"^visual\.(conv1|transformer)\.", "a CLIP in OpenAI's or OpenCLIP's own layout",
+     "get the one for transformers, with its config.json"),
 ]
 
-
-def stranger(path: Path, header: dict[str, Stored], known: bool = False) -> Problem | None:
-    """What a file is in which no part was recognised. For a `known` one whose parts do not fit, it may be None."""
-    for pattern, what, remedy in STRANGERS if known else STRANGERS + UNKNOWN:
-        if any(re.search(pattern, key) for key in header):
-            return Problem(f"{path}: is {what}; {remedy}")
-    example = next(iter(sorted(header)), "no tensors at all")[:80]
-    return None if known else Problem(
-        f"{path}: none of the layouts that isadca knows (it holds {len(header)} tensors, e.g. {example}); see the "
-        "README for where to get the files")
+OTHER_FORMATS = [  # how they begin, what they are
+    (rb"PK|\x80\x02", "is a pickle, which can run code when it is opened; get the .safetensors version, or make it: "
+                       "isadca convert FILE -o NAME.safetensors"),
+    (rb"GGUF", "is a GGUF file; get the .safetensors version"),
+    (rb"version ", "is a Git LFS pointer, not the file itself; run git lfs pull"),
+    (rb"\Z", "is empty; download it again"),
+    (rb"", "is not a whole safetensors file; download it again")]
 
 
-def lacking(path: Path, kinds: list[str], kind: str) -> Problem:
+def unreadable(path: Path, error: Exception) -> Problem:
+    """Why a header cannot be read."""
+    if not path.exists():
+        return Problem(f"{path}: no such file; check the path, and that the model is complete")
+    if path.is_dir():
+        return Problem(f"{path}: is a folder, expected a .safetensors file")
+    if not path.is_file():
+        return Problem(f"{path}: is no regular file, expected a .safetensors file")
+    if isinstance(error, SafetensorError | ValueError):
+        with open(path, "rb") as file:
+            start = file.read(8)
+        what = next(what for pattern, what in OTHER_FORMATS if re.match(pattern, start))
+        return Problem(f"{path}: {what} ({str(error)[:60]})")
+    reason = getattr(error, "strerror", None) or error  # no permission; no memory to map it into
+    return Problem(f"{path}: cannot be read ({reason}); check the file, or free memory")
+
+
+def no_model(weights: Path) -> Problem:
+    """A path of --weights that is neither a file nor a model's folder."""
+    if not weights.exists():
+        return Problem(f"{weights}: no such file or folder; --weights takes a diffusers folder or an LDM .safetensors")
+    if not weights.is_dir():
+        return unreadable(weights, OSError())
+    inside = ", ".join(sorted(path.name for path in weights.glob("*.safetensors"))[:3])
+    return Problem(f"{weights}: has no unet folder; --weights takes a diffusers folder or one .safetensors file"
+                   + (f", such as {inside} in it" if inside else ""))
+
+
+def no_safetensors(folder: Path) -> Problem:
+    """A network's folder in which there is nothing to load."""
+    if shards := sorted(folder.glob("*-of-*.safetensors")):
+        return Problem(f"{folder}: {shards[0].name} is one file of several; get their .safetensors.index.json, too")
+    pickles = [path for pattern in ("*.bin", "*.ckpt", "*.pth") for path in folder.glob(pattern)]
+    if not pickles:
+        return Problem(f"{folder}: no .safetensors file; get the .safetensors version")
+    return Problem(f"{folder}: no .safetensors file, only {pickles[0].name}, a pickle, which can run code when it is "
+                   f"opened; get the .safetensors version, or make it: isadca convert {pickles[0]} -o "
+                   f"{pickles[0].with_suffix('.safetensors')}")
+
+
+def _stranger(header: Header, known: list) -> Problem | None:
+    for pattern, what, remedy in known:
+        if any(re.search(pattern, key) for key in header.tensors):
+            return Problem(f"{header.path}: is {what}; {remedy}")
+    return None
+
+
+def unknown(header: Header) -> Problem:
+    """A file in which no network was recognised."""
+    example = min(header.tensors, default="no tensors at all")[:80]
+    return _stranger(header, STRANGERS + UNKNOWN) or Problem(
+        f"{header.path}: none of the layouts that isadca knows (it holds {len(header.tensors)} tensors, e.g. "
+        f"{example}); see the README for where to get the files")
+
+
+def lacking(parts: dict[str, Part], kind: str) -> Problem:
     """A file that was recognised and does not hold the network `kind`."""
-    whole = kind == "unet" or "unet" in kinds and len(kinds) > 1
+    header = next(iter(parts.values())).header
+    whole = kind == "unet" or "unet" in parts and len(parts) > 1
     asked = f" but no {kind}; --weights takes the whole model" if whole else f", expected {kind}"
-    return stranger(path, read_headers(path), known=True) or Problem(f"{path}: holds {', '.join(kinds)}{asked}")
+    return _stranger(header, STRANGERS) or Problem(f"{header.path}: holds {', '.join(parts)}{asked}")
 
 
 def mismatch(expected: dict[str, tuple[int, ...]], part: Part) -> Problem:
     """ONE Problem that lists missing, unexpected and misshapen tensors and guesses the cause."""
-    if other := stranger(part.path, read_headers(part.path), known=True):
+    if other := _stranger(part.header, STRANGERS):
         return other
     for key, stored in part.tensors.items():
         if stored.dtype not in FLOATS:  # fp8, int8: their scales are elsewhere, or lost
@@ -82,13 +138,6 @@ def _guess(part: Part) -> str:
     return "Is it complete, with its own config.json?"
 
 
-def too_deep(part: Part, field: str, asked: int, held: int) -> Problem:
-    """A config.json that belongs to a larger network than the file."""
-    return stranger(part.path, read_headers(part.path), known=True) or Problem(
-        f"{part.path}: {part.kind} of {held} {field}, expected {asked}; is it complete, and does its config.json "
-        "belong to it?")
-
-
 def unknown_adapter(part: Part, error: Exception) -> Problem:
     return Problem(f"{part.path}: an IP-Adapter of no published layout ({str(error)[:80]} is missing or misshapen); "
                    "isadca reads ip-adapter_sd15 and its light, plus, plus-face, full-face and vit-G variants")
@@ -107,13 +156,3 @@ def unfit_encoder(part: Part, adapter: IPAdapter, encoder: Part, gives: int) -> 
     needs = {1024: h, 1280: h if adapter.reads_patches else big_g}.get(adapter.embed_dim, "another encoder")
     return Problem(f"{part.path}: reads {adapter.embed_dim}-wide image features, but {encoder.path} gives {gives}; it "
                    f"needs {needs} (--image-encoder)")
-
-
-def no_safetensors(folder: Path) -> Problem:
-    """A network's folder in which there is nothing to load."""
-    pickles = [path for pattern in ("*.bin", "*.ckpt", "*.pth") for path in folder.glob(pattern)]
-    if not pickles:
-        return Problem(f"{folder}: no .safetensors file; get the .safetensors version")
-    return Problem(f"{folder}: no .safetensors file, only {pickles[0].name}, a pickle, which can run code when it is "
-                   f"opened; get the .safetensors version, or make it: isadca convert {pickles[0]} -o "
-                   f"{pickles[0].with_suffix('.safetensors')}")

@@ -16,14 +16,14 @@ from keyfiles import listing, write_sparse
 from PIL import Image
 from safetensors.torch import save
 
-from isadca.app import commands
+from isadca.app import commands, inspect
 from isadca.app.cli import main
 from isadca.app.recipe import read_recipe
 from isadca.app.saved_reference import load_reference
 from isadca.common.images import RECIPE_KEY, load_image, save_png
 from isadca.common.problem import Problem
-from isadca.loading import inspect
-from isadca.loading.layouts import LAYOUTS
+from isadca.loading.layouts import PLAIN
+from isadca.loading.original import ORIGINAL
 
 LONG = os.environ.get("HYPOTHESIS_EXAMPLES")
 FUZZ = settings(max_examples=int(LONG or 50), derandomize=not LONG, deadline=None, database=None,
@@ -56,7 +56,7 @@ def damaged(draw, data: bytes) -> bytes:
 PUBLISHED = {key: about for name in ("sd15_diffusers_vae_new_names", "ip-adapter_sd15", "ip-adapter-plus_sd15",
                                      "ip-adapter-full-face_sd15", "image_encoder_vit_h")
              for key, about in list(listing(name).items())[:40]}
-MARKS = [layout.mark for layout in LAYOUTS] + ["vision_model.pre_layrnorm.weight", "conv_in.weight"]
+MARKS = [layout.mark for layout in ORIGINAL + PLAIN] + ["vision_model.pre_layrnorm.weight", "conv_in.weight"]
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 8, 9, 20, 257, 320, 768, 1024, 1280, 2**31, 2**62])
 SHAPES = st.lists(SIZES, max_size=5).map(tuple).filter(lambda s: 0 in s or prod(s) < 2**24)
 TENSORS = st.dictionaries(st.sampled_from(MARKS) | st.sampled_from(sorted(PUBLISHED)) | st.text(max_size=12),

@@ -9,7 +9,7 @@ from keyfiles import cast, ldm_pairs, listing, renamed, write_sparse
 
 from isadca.common.problem import Problem
 from isadca.evaluation import load_others as loading, prior
-from isadca.loading.layouts import rename
+from isadca.loading.checkpoints import rename
 from isadca.networks.sizes import UNetConfig
 
 SMALL = UNetConfig(channels=(16, 32), attention=(True, False), norm_groups=8)
@@ -64,7 +64,7 @@ def test_a_prior_and_a_text_encoder_of_different_models(tmp_path):
         loading.load_prior(tmp_path)
     (tmp_path / "prior" / "diffusion_pytorch_model.safetensors").unlink()
     write_sparse(tmp_path / "prior" / "model.safetensors", listing("sd15_diffusers_unet"))
-    with pytest.raises(Problem, match="is not Kandinsky's prior"):
+    with pytest.raises(Problem, match="holds unet, expected prior"):
         loading.load_prior(tmp_path)
 
 

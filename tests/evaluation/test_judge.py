@@ -16,7 +16,7 @@ from isadca.common.problem import Problem
 from isadca.evaluation.clip_pair import load_clip
 from isadca.evaluation.judge import METRICS, Judge, metric_lacks
 from isadca.evaluation.metrics import load_metric, lpips
-from isadca.loading.load import KNOWN_ENCODERS
+from isadca.loading.known_encoders import KNOWN_ENCODERS
 from isadca.networks.sizes import CLIPTextConfig
 
 FOLDER = DEMO / "metrics"

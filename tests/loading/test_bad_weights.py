@@ -14,7 +14,8 @@ from keyfiles import Listing, listing, renamed, told, write_sparse
 from safetensors.torch import save
 
 import isadca
-from isadca.loading import checkpoints, inspect, load as loading
+from isadca.app import inspect
+from isadca.loading import checkpoints, load as loading
 from isadca.networks.sizes import CLIPTextConfig
 
 UNET, TEXT = listing("sd15_diffusers_unet"), listing("sd15_diffusers_text_encoder")
@@ -109,10 +110,6 @@ STRANGERS = {
                        ("of no published layout", "isadca reads ip-adapter_sd15")),
     "LoRA, kohya": (HALF_LORA, ("a LoRA", "merge it into a checkpoint first")),
     "LoRA, diffusers": (renamed(HALF_LORA, "lora_unet_", "unet."), ("a LoRA", "merge it into a checkpoint first")),
-    "ControlNet, LDM": (renamed(CONTROLNET, "", "control_model."), ("a ControlNet", "base model with --weights")),
-    "ControlNet, LDM, bare": (CONTROLNET, ("a ControlNet", "base model with --weights")),
-    "ControlNet, diffusers": (ENCODER_HALF | {"controlnet_mid_block.weight": ("F32", (1280, 1280, 1, 1))},
-                              ("a ControlNet", "base model with --weights")),
     "IP-Adapter in training": (TRAINING | {"adapter_modules.1.to_k_ip.weight": ("F32", (320, 768))},
                                ("an IP-Adapter training checkpoint", "convert it to the published layout")),
     "IP-Adapter in training, shared weights dropped": (
@@ -122,7 +119,12 @@ STRANGERS = {
                       ("none of the layouts", "1 tensors, e.g. bert.pooler.dense.bias", "README")),
     "a line break in a name": ({"bert\n\u2028x": ("F32", (768,))}, ("none of the layouts", "e.g. bert  x)")),
     "nothing": ({}, ("none of the layouts", "0 tensors", "README")),
+    "CLIP, OpenAI's names": ({"visual.conv1.weight": ("F32", (1024, 3, 14, 14))},
+                             ("in OpenAI's or OpenCLIP's own layout", "get the one for transformers")),
 }
+CONTROLNETS = {
+    "LDM": renamed(CONTROLNET, "", "control_model."), "LDM, bare": CONTROLNET,
+    "diffusers": ENCODER_HALF | {"controlnet_mid_block.weight": ("F32", (1280, 1280, 1, 1))}}
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)
@@ -133,6 +135,12 @@ def test_file_of_another_model(tmp_path, monkeypatch, stranger):
     told(lambda: inspect.parts_of(path), path, *words)
 
 
+@pytest.mark.parametrize("layout", CONTROLNETS)
+def test_a_controlnet_is_no_model(tmp_path, layout):
+    path = write_sparse(tmp_path / "x.safetensors", CONTROLNETS[layout])
+    told(lambda: isadca.load(path), path, "a ControlNet", "base model with --weights")
+
+
 # --- IP-Adapters that do not belong to the model --------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -140,7 +148,7 @@ def sd15(tmp_path_factory):
     """SD1.5's UNet and text encoder at full size, on meta."""
     folder = tmp_path_factory.mktemp("sd15")
     parts = [part for name, tensors in [("unet", UNET), ("text", TEXT)]
-             for part in checkpoints.recognise(write_sparse(folder / f"{name}.safetensors", tensors))]
+             for part in checkpoints.recognise(write_sparse(folder / f"{name}.safetensors", tensors)).values()]
     return {part.kind: part for part in parts}, {part.kind: loading.build(part) for part in parts}
 
 
@@ -149,7 +157,7 @@ def fit(sd15, folder: Path, adapter: Listing, encoder: Listing | None = None) ->
     found, networks = dict(sd15[0]), dict(sd15[1])
     for kind, tensors in [("ip_adapter", adapter), ("vision", encoder)]:
         if tensors:
-            [found[kind]] = checkpoints.recognise(write_sparse(folder / f"{kind}.safetensors", tensors))
+            found |= checkpoints.recognise(write_sparse(folder / f"{kind}.safetensors", tensors))
             networks[kind] = loading.build(found[kind])
     loading._check_fit(networks, found)
 
@@ -196,7 +204,7 @@ def test_adapter_without_any_one_tensor_is_explained(tmp_path, name):
 def test_text_encoder_of_another_model(sd15, tmp_path):
     found, networks = dict(sd15[0]), dict(sd15[1])
     wide = {key: (dtype, tuple(1024 if n == 768 else n for n in shape)) for key, (dtype, shape) in TEXT.items()}
-    [found["text"]] = checkpoints.recognise(write_sparse(tmp_path / "model.safetensors", wide))
+    found |= checkpoints.recognise(write_sparse(tmp_path / "model.safetensors", wide))
     (tmp_path / "config.json").write_text(json.dumps(dict(hidden_size=1024, num_attention_heads=16)))
     networks["text"] = loading.build(found["text"])
     told(lambda: loading._check_fit(networks, found), tmp_path / "model.safetensors", "width 1024", "768",

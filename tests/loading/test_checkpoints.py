@@ -11,7 +11,10 @@ import torch
 from keyfiles import Listing, cast, ldm_pairs, listing, only, renamed, write_sparse
 
 from isadca.common.problem import Problem
-from isadca.loading import checkpoints, headers, inspect, layouts, load as loading
+from isadca.app import inspect
+from isadca.loading import checkpoints, load as loading, original
+from isadca.loading.known_encoders import KNOWN_ENCODERS
+from isadca.loading.layouts import Part
 from isadca.networks.clip import CLIPText, CLIPVision
 from isadca.networks.unet import UNet
 from isadca.networks.vae import VAE
@@ -24,7 +27,7 @@ POSITIONS = "text_model.embeddings.position_ids"
 LDM_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 
 
-def names(part: checkpoints.Part) -> dict[str, str]:
+def names(part: Part) -> dict[str, str]:
     return {ours: stored.name for ours, stored in part.tensors.items()}
 
 
@@ -81,12 +84,12 @@ PUBLISHED = {
 def expected_shapes(kind: str, width: int = 0) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of our own network at its published size."""
     make = {"unet": UNet, "vae": VAE, "text": CLIPText,
-            "vision": lambda: CLIPVision(loading.KNOWN_ENCODERS[width])}[kind]
+            "vision": lambda: CLIPVision(KNOWN_ENCODERS[width])}[kind]
     with torch.device("meta"):
         return {key: tuple(tensor.shape) for key, tensor in make().state_dict().items()}
 
 
-def expected_of(part: checkpoints.Part) -> dict[str, tuple[int, ...]]:
+def expected_of(part: Part) -> dict[str, tuple[int, ...]]:
     if part.kind == "ip_adapter":  # its sizes are read off the file
         return {key: tuple(tensor.shape) for key, tensor in loading.build(part).state_dict().items()}
     return expected_shapes(part.kind, part.shapes.get("vision_model.pre_layrnorm.weight", (0,))[0])
@@ -116,13 +119,13 @@ def test_published_file_is_recognised_and_fits(tmp_path, published):
     tensors, count, layouts = PUBLISHED[published]
     assert len(tensors) == count
     parts = checkpoints.recognise(write_sparse(tmp_path / "x.safetensors", tensors))
-    assert {part.kind: part.layout for part in parts} == layouts
-    for part in parts:
+    assert {kind: part.layout for kind, part in parts.items()} == layouts
+    for part in parts.values():
         expected = expected_of(part)
         checkpoints.check_names(expected, part)
         assert part.shapes.keys() == expected.keys()
         assert all(stored[2:] == tensors[stored.name][::-1] for stored in part.tensors.values())
-    left = tensors.keys() - {stored.name for part in parts for stored in part.tensors.values()}
+    left = tensors.keys() - {stored.name for part in parts.values() for stored in part.tensors.values()}
     known = ("position_ids", ".decay", ".num_updates", *[key for key in LDM if not key.startswith(LDM_PREFIXES)])
     assert not [key for key in left - EMA.keys() - EXTRAS.keys() if not key.endswith(known)]
 
@@ -150,45 +153,47 @@ def test_image_encoder_is_found_in_a_file_of_both_clip_encoders(tmp_path):
 @pytest.mark.parametrize("residue", [None, 0, 1, 2, 4])
 def test_header_may_be_unaligned_and_metadata_absent(tmp_path, metadata, residue):
     tensors = listing("ip-adapter_sd15")
-    header = headers.read_header(write_sparse(tmp_path / "x.safetensors", tensors, metadata, residue))
-    assert header == {key: (shape, dtype) for key, (dtype, shape) in tensors.items()}
+    header = checkpoints.read_header(write_sparse(tmp_path / "x.safetensors", tensors, metadata, residue))
+    assert {key: stored[:1:-1] for key, stored in header.tensors.items()} == tensors
+    assert header.metadata == (metadata or {})
 
 
 def test_order_of_the_keys_in_the_file_does_not_matter(tmp_path):
     forward = checkpoints.recognise(write_sparse(tmp_path / "a.safetensors", LDM))
     backward = checkpoints.recognise(write_sparse(tmp_path / "b.safetensors", dict(reversed(LDM.items()))))
-    assert [(p.kind, names(p)) for p in forward] == [(p.kind, names(p)) for p in backward]
+    assert [(kind, names(part)) for kind, part in forward.items()] == [(kind, names(part)) for kind, part in
+                                                                       backward.items()]
 
 
 @pytest.mark.parametrize("kind, prefix, rules", [
-    ("unet", "model.diffusion_model.", layouts.UNET_RULES), ("vae", "first_stage_model.", layouts.VAE_RULES),
-    ("text", "cond_stage_model.transformer.", layouts.TEXT_RULES)])
+    ("unet", "model.diffusion_model.", original.UNET_RULES), ("vae", "first_stage_model.", original.VAE_RULES),
+    ("text", "cond_stage_model.transformer.", original.TEXT_RULES)])
 def test_rules_give_every_pair_of_the_independent_map(kind, prefix, rules):
     """map_ldm_to_diffusers.tsv was made from diffusers' conversion code, not from our rules."""
     pairs = ldm_pairs(kind)
     assert len(pairs) == {"unet": 686, "vae": 248, "text": 197}[kind]
-    assert {key: layouts.rename(key.removeprefix(prefix), rules) for key in pairs} == pairs
+    assert {key: checkpoints.rename(key.removeprefix(prefix), rules) for key in pairs} == pairs
 
 
 def test_single_file_parts_are_the_independent_map(tmp_path):
-    for part in checkpoints.recognise(write_sparse(tmp_path / "x.safetensors", LDM)):
+    for part in checkpoints.recognise(write_sparse(tmp_path / "x.safetensors", LDM)).values():
         pairs = {ours: ldm for ldm, ours in ldm_pairs(part.kind).items() if not ours.endswith("position_ids")}
         assert names(part) == pairs
 
 
 def test_old_vae_names_become_the_new_ones():
     assert VAE_OLD.keys() != VAE_NEW.keys()
-    renames = {key: layouts.rename(key, layouts.VAE_RULES) for key in VAE_OLD}
+    renames = {key: checkpoints.rename(key, original.VAE_RULES) for key in VAE_OLD}
     assert {renames[key]: shape for key, (_, shape) in VAE_OLD.items()} == {k: s for k, (_, s) in VAE_NEW.items()}
     assert sorted(new for old, new in renames.items() if old != new) == sorted(
         f"{side}.mid_block.attentions.0.{to}.{what}" for side in ("encoder", "decoder")
         for to in ("to_q", "to_k", "to_v", "to_out.0") for what in ("weight", "bias"))
 
 
-@pytest.mark.parametrize("rules, names", [(layouts.UNET_RULES, UNET), (layouts.VAE_RULES, VAE_NEW),
-                                          (layouts.TEXT_RULES, TEXT)])
+@pytest.mark.parametrize("rules, names", [(original.UNET_RULES, UNET), (original.VAE_RULES, VAE_NEW),
+                                          (original.TEXT_RULES, TEXT)])
 def test_rules_leave_names_alone_that_are_right_already(rules, names):
-    assert [layouts.rename(key, rules) for key in names] == list(names)
+    assert [checkpoints.rename(key, rules) for key in names] == list(names)
 
 
 def changed(tensors: Listing, change: str, key: str) -> Listing:

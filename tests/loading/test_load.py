@@ -14,6 +14,7 @@ from keyfiles import listing, write_sparse
 from safetensors.torch import load_file, save_file
 
 import isadca
+from isadca.common.device import dtype_named
 from isadca.common.problem import Problem
 from isadca.loading import load as loading
 
@@ -173,8 +174,8 @@ def test_wrong_flag(flags, words):
 
 
 def test_auto_precision_is_half_on_cuda_and_single_elsewhere():
-    assert loading._dtype("auto", torch.device("cuda")) == torch.float16
-    assert loading._dtype("auto", torch.device("cpu")) == loading._dtype("auto", torch.device("mps")) == torch.float32
+    assert dtype_named("auto", torch.device("cuda")) == torch.float16
+    assert {dtype_named("auto", torch.device(name)) for name in ("cpu", "mps")} == {torch.float32}
 
 
 # --- true size ------------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ unit = 1 if sys.platform == "darwin" else 1024
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 def once(path):
     start = time.perf_counter()
-    for part in checkpoints.recognise(path):
+    for part in checkpoints.recognise(path).values():
         keep.append(checkpoints.load_into(loading.build(part), part, torch.float32))
     return time.perf_counter() - start
 keep, before = [], peak()

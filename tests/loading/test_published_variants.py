@@ -12,8 +12,10 @@ from keyfiles import listing, told, write_sparse
 from safetensors.torch import load_file, save_file
 
 import isadca
-from isadca.loading import inspect, load as loading
+from isadca.app import inspect
+from isadca.loading import load as loading
 from isadca.loading.config_json import read_config, read_schedule
+from isadca.loading.known_encoders import KNOWN_ENCODERS
 from isadca.networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig
 from isadca.networks.tokenizer import Tokenizer
 
@@ -157,11 +159,11 @@ def test_missing_keys_of_a_clip_config_are_the_classes_defaults(tmp_path):
     """transformers leaves out what equals its own defaults: CLIPTextConfig's and CLIPVisionConfig's, ViT-B/32."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"projection_dim": 512, "text_config": {}, "vision_config": {}}))
-    assert read_config(CLIPTextConfig, path) == CLIPTextConfig(width=512, n_heads=8, mlp_width=2048, projection_dim=512)
+    assert read_config(CLIPTextConfig, path) == CLIPTextConfig(width=512, n_heads=8, mlp_width=2048)
     assert read_config(CLIPVisionConfig, path) == CLIPVisionConfig(768, 12, 12, 3072, 224, 32, 512, "quick_gelu")
     path.write_text(json.dumps({"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
                                 "intermediate_size": 4096, "patch_size": 14, "projection_dim": 768}))
-    assert read_config(CLIPVisionConfig, path) == loading.KNOWN_ENCODERS[1024]
+    assert read_config(CLIPVisionConfig, path) == KNOWN_ENCODERS[1024]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import isadca
 from isadca import Method, Reference, Run
 from isadca.app import fetch
 from isadca.app.cli import main
-from isadca.loading.inspect import parts_of
+from isadca.app.inspect import parts_of
 from steps import condition, predict_at
 
 weights = pytest.mark.weights
