@@ -66,7 +66,7 @@ def read_config(cls, path: str | Path):
     raw = read_json(path)
     half = {CLIPTextConfig: "text_config", CLIPVisionConfig: "vision_config"}.get(cls)
     if isinstance(raw.get(half), dict):  # a whole CLIP, with both halves in one file
-        raw = {"projection_dim": raw.get("projection_dim", 512)} | raw[half]
+        raw = raw[half] | {"projection_dim": raw.get("projection_dim", 512)}
     values = {}
     for name, key in KEYS[cls.__name__].items():
         value = raw.get(name, key.absent)

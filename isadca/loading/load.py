@@ -86,24 +86,17 @@ def locate(weights: Path, ip_adapter: str | Path | None = None, image_encoder: s
     places = {kind: weights / FOLDERS[kind] if weights.is_dir() else weights for kind in ("unet", "vae", "text")}
     if vae:
         places["vae"] = Path(vae)
-    if adapter := find_adapter(weights, ip_adapter):
+    adapter = Path(ip_adapter) if ip_adapter else find("ip-adapter*.safetensors", *inside(weights))
+    if adapter and str(adapter) != "none":
         places["ip_adapter"] = adapter
-        if encoder := find_encoder(weights, adapter, image_encoder):
+        encoder = Path(image_encoder) if image_encoder else find_encoder(weights, adapter)
+        if encoder and str(encoder) != "none":
             places["vision"] = encoder
     return places
 
 
-def find_adapter(weights: Path, given: str | Path | None) -> Path | None:
-    """The IP-Adapter file: the one given, or the one inside the weights folder (the base variant, if several)."""
-    if given:
-        return None if str(given) == "none" else Path(given)
-    return find("ip-adapter*.safetensors", *inside(weights))
-
-
-def find_encoder(weights: Path, adapter: Path, given: str | Path | None) -> Path | None:
-    """The image encoder that an adapter reads: the one given, or beside either file as h94's repository has it."""
-    if given:
-        return None if str(given) == "none" else Path(given)
+def find_encoder(weights: Path, adapter: Path) -> Path | None:
+    """The image encoder that an adapter reads, beside either of them as h94's repository has it."""
     h94 = adapter.parent.parent
     big_g = [h94 / "sdxl_models"] if "vit-G" in adapter.name else []
     return find("image_encoder", *big_g, weights, adapter.parent, h94 / "models")

@@ -21,7 +21,7 @@ from keyfiles import cast, listing, write_sparse
 from isadca.app import fetch
 from isadca.app.cli import main
 from isadca.app.fetch import PINNED, Pinned
-from isadca.loading.load import FOLDERS, find_adapter
+from isadca.loading.load import FOLDERS, locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS, CONFIG = bytes(range(256)) * 1000, b'{"sample_size": 64}\n'
@@ -285,7 +285,7 @@ def test_what_is_fetched_is_found_by_vary(tmp_path):
         item.target(tmp_path).touch()
     sd15 = tmp_path / "sd15"
     assert all((sd15 / FOLDERS[kind]).is_dir() for kind in ("unet", "vae", "text"))
-    assert find_adapter(sd15, None) == sd15 / "models/ip-adapter_sd15.safetensors"
+    assert locate(sd15)["ip_adapter"] == sd15 / "models/ip-adapter_sd15.safetensors"
     step = lambda *names: fetch.next_steps(fetch.wanted(names), tmp_path)[-1]
     weights = f"isadca vary PICTURE PROMPT -o out.png --weights {sd15}"
     assert step("sd15", "ip-adapter") == step("all").partition(" --vae")[0] == weights

@@ -131,19 +131,25 @@ ALL = ["ip-adapter_sd15", "ip-adapter_sd15_light", "ip-adapter-plus_sd15", "ip-a
        "ip-adapter_sd15_vit-G"]
 
 
+def located(weights: Path, **given) -> dict[str, Path]:
+    return {kind: path for kind, path in loading.locate(weights, **given).items() if kind in ("ip_adapter", "vision")}
+
+
 @pytest.mark.parametrize("where", ["", "models"])
 @pytest.mark.parametrize("weights", ["", "v1-5-pruned-emaonly.safetensors"])
 def test_base_adapter_is_found_inside_or_beside_the_weights(tmp_path, where, weights):
+    (tmp_path / "unet").mkdir()
     (tmp_path / where).mkdir(exist_ok=True)
     for name in ["v1-5-pruned-emaonly", *[f"{where}/{name}" if where else name for name in ALL]]:
         (tmp_path / f"{name}.safetensors").touch()
-    assert loading.find_adapter(tmp_path / weights, None) == tmp_path / where / "ip-adapter_sd15.safetensors"
-    assert loading.find_adapter(tmp_path / weights, "none") is None
-    assert loading.find_adapter(tmp_path / weights, "other.safetensors") == Path("other.safetensors")
+    assert located(tmp_path / weights) == {"ip_adapter": tmp_path / where / "ip-adapter_sd15.safetensors"}
+    assert located(tmp_path / weights, ip_adapter="none") == {}
+    assert located(tmp_path / weights, ip_adapter="other.safetensors") == {"ip_adapter": Path("other.safetensors")}
 
 
 def test_no_adapter_is_found_where_there_is_none(tmp_path):
-    assert loading.find_adapter(tmp_path, None) is None
+    (tmp_path / "unet").mkdir()
+    assert located(tmp_path) == {}
 
 
 @pytest.mark.parametrize("adapter, folder", [
@@ -151,15 +157,16 @@ def test_no_adapter_is_found_where_there_is_none(tmp_path):
     ("models/ip-adapter_sd15_vit-G", "sdxl_models")])
 def test_encoder_is_found_in_h94s_folders(tmp_path, adapter, folder):
     """vit-G reads bigG's embedding, which h94 keeps under sdxl_models; all the others read ViT-H's."""
-    for name in ("models", "sdxl_models"):
-        (tmp_path / "h94" / name / "image_encoder").mkdir(parents=True)
-    found = loading.find_encoder(tmp_path / "sd15", tmp_path / "h94" / f"{adapter}.safetensors", None)
-    assert found == tmp_path / "h94" / folder / "image_encoder"
+    for name in ("h94/models", "h94/sdxl_models", "sd15/unet"):
+        (tmp_path / name / "image_encoder").mkdir(parents=True)
+    found = located(tmp_path / "sd15", ip_adapter=tmp_path / "h94" / f"{adapter}.safetensors")
+    assert found["vision"] == tmp_path / "h94" / folder / "image_encoder"
 
 
 def test_given_encoder_comes_before_found_ones():
-    assert loading.find_encoder(DEMO, DEMO / "ip-adapter_demo.safetensors", "mine") == Path("mine")
-    assert loading.find_encoder(DEMO, DEMO / "ip-adapter_demo.safetensors", None) == DEMO / "image_encoder"
+    assert located(DEMO, image_encoder="mine")["vision"] == Path("mine")
+    assert located(DEMO)["vision"] == DEMO / "image_encoder"
+    assert located(DEMO, image_encoder="none").keys() == {"ip_adapter"}
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
