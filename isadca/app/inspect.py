@@ -113,10 +113,11 @@ def parts_of(path: Path) -> list:
     from ..loading.checkpoints import check_names, shapes_of
     from ..loading.config_json import read_schedule
     from ..loading.load import FOLDERS, build, load_tokenizer, locate, read_parts
-    if (path / FOLDERS["unet"]).is_dir() and not _is_image_variations(path):
-        encoder = path / FOLDERS["vision"]
+    encoder = path / FOLDERS["vision"]
+    if (path / "unet").is_dir() and not (encoder.is_dir() and not (path / FOLDERS["text"]).is_dir()):
         parts = [*read_parts(locate(path) | ({"vision": encoder} if encoder.is_dir() else {}), torch.float32).values()]
     elif folders := {kind: path / name for kind, name in FOLDERS.items() if (path / name).is_dir()}:
+        # SD image-variations, whose UNet reads no text, or Kandinsky's prior
         parts = [*read_parts(folders, torch.float32).values()]
     elif path.is_dir():
         parts = [part for file in sorted(path.glob("*.safetensors")) for part in _of_file(file)]
@@ -133,11 +134,6 @@ def parts_of(path: Path) -> list:
     if (path / "scheduler").is_dir() and (path / FOLDERS["unet"]).is_dir():
         read_schedule(path / "scheduler" / "scheduler_config.json")
     return parts
-
-
-def _is_image_variations(path: Path) -> bool:
-    """Its UNet reads an image embedding: there is no text encoder."""
-    return (path / "image_encoder").is_dir() and not (path / "text_encoder").is_dir()
 
 
 def _of_file(path: Path) -> list:
