@@ -191,6 +191,26 @@ def test_a_key_that_says_v(tmp_path, key):
     told(lambda: isadca.load(path), path, "predicts v", f"the key {key}", "; use a plain")
 
 
+@pytest.mark.parametrize("tensors", [LDM, UNET], ids=["single file", "unet"])
+@pytest.mark.parametrize("key, value", [
+    ("modelspec.prediction_type", "v"), ("modelspec.prediction_type", "V_prediction"),
+    ("ss_v_parameterization", "True"), ("ss_zero_terminal_snr", "True")])
+def test_metadata_that_says_v(tmp_path, tensors, key, value):
+    path = tmp_path / "x.safetensors"
+    write_sparse(path, tensors, {"format": "pt", key: value})
+    told(lambda: inspect.parts_of(path), path, "predicts v", f"the metadata {key}: {value}", "; use a plain")
+    write_sparse(path, tensors, {"format": "pt", key: "epsilon" if "prediction" in key else "False"})
+    assert inspect.parts_of(path)
+
+
+def test_shards_without_an_index(tmp_path):
+    """They may be all there, or not: nothing says."""
+    folder = own(tmp_path / "model", "unet")
+    sharded(folder / "unet", "diffusion_pytorch_model")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    told(lambda: isadca.load(folder), folder / "unet", "is one file of several", "; get their .safetensors.index.json")
+
+
 @pytest.mark.parametrize("change", [
     {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}, {"thresholding": True}, {"beta_end": 12},
     {"beta_start": 0.9999999, "beta_end": 0.9999999}, {"num_train_timesteps": 10**30}, {"beta_end": 1e308}], ids=str)
