@@ -8,9 +8,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +20,7 @@ from ..common.problem import Problem
 from ..loading.checkpoints import read_header
 
 # an IP-Adapter's training checkpoint; where accelerate stored shared tensors once, adapter_modules are in the UNet
-TRAINED = [(r"^image_proj_model\.", "image_proj."), (r"^adapter_modules\.(\d+)\.", r"ip_adapter.\1.")]
+TRAINED = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}
 IN_UNET = re.compile(r"^unet\.(.+)\.attn2\.processor\.(to_[kv]_ip\.weight)$")
 DEEPEST, MOST_NAMES, MOST_CLASSES = 20, 10**6, 200  # of what a file may hold
 
@@ -52,14 +50,8 @@ def convert(source: Path, out: Path) -> list[str]:
     """
     if out.exists() and source.exists() and out.samefile(source):
         raise Problem(f"{source}: is the file to write, too; choose another -o")
-    found, rest = {}, []
-    for key, value in _flatten(read(source), source):
-        if not isinstance(value, Tensor):
-            rest.append(key)
-        elif key in found:
-            raise Problem(f"{source}: two tensors would be named {key[:80]}; rename one of them")
-        else:
-            found[key] = value
+    values = _flatten(_read(source), source)
+    found = {key: value for key, value in values.items() if isinstance(value, Tensor)}
     tensors = published(found)
     if not tensors:
         raise Problem(f"{source}: holds no tensors; nothing to convert")
@@ -73,10 +65,10 @@ def convert(source: Path, out: Path) -> list[str]:
         raise Problem(f"{source}: cannot be written to {out} ({str(error).splitlines()[0][:100]}); check the "
                       "disk") from None
     kept = {id(tensor) for tensor in tensors.values()}
-    return sorted(rest + [key for key, value in found.items() if id(value) not in kept])
+    return sorted(key for key, value in values.items() if id(value) not in kept)
 
 
-def read(source: Path) -> dict:
+def _read(source: Path) -> dict:
     """The dict of tensors in a file that torch.save wrote. Raises Problem."""
     if not source.is_file():
         raise Problem(f"{source}: no such file; check the path")
@@ -85,9 +77,7 @@ def read(source: Path) -> dict:
         return load_file(source)
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         raise Problem(f"torch {torch.__version__} is too old to open pickles safely; install 2.10 or newer")
-    content, strange = _unpickle(source)
-    if isinstance(content, Placeholder):
-        raise _refused(source, strange[0])
+    content = _unpickle(source)
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     if not isinstance(content, dict):
@@ -95,47 +85,46 @@ def read(source: Path) -> dict:
     return content
 
 
-def _unpickle(source: Path) -> tuple[object, list[str]]:
-    """What is in the file, and the names of the classes that became placeholders: each is met, noted, and allowed as
-    a placeholder at the next try."""
-    strange: list[str] = []
+def _unpickle(source: Path) -> object:
+    """What is in the file. A class that PyTorch does not allow is noted, and is a placeholder at the next try."""
+    strange: dict[str, type] = {}
     while True:
-        stand_ins: list[Any] = [(PlaceholderDict if name.lower().endswith("dict") else Placeholder, name)
-                                for name in strange]
         try:
-            with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+            with warnings.catch_warnings(), torch.serialization.safe_globals([(c, n) for n, c in strange.items()]):
                 warnings.simplefilter("ignore")  # pickle protocols that torch.save does not use
-                return torch.load(source, map_location="cpu", weights_only=True,
-                                  mmap=zipfile.is_zipfile(source)), strange
+                content = torch.load(source, "cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
+            name = next(iter(strange)) if isinstance(content, Placeholder) else None
         except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError, ...
             met = re.search(r"GLOBAL (\S+)", str(error))
             if met is None:
                 raise Problem(f"{source}: not a whole file that torch.save wrote ({type(error).__name__}); download "
                               "it again") from None
             name = met[1] if "." in met[1] else f"builtins.{met[1]}"
-            if name in strange or len(strange) == MOST_CLASSES:  # os, sys: not even as a placeholder
-                raise _refused(source, name) from None
-            strange.append(name)
+        if name is None:
+            return content
+        if name in strange or len(strange) == MOST_CLASSES:  # os, sys: not even as a placeholder
+            raise Problem(f"{source}: refused, it would load or run {name[:80]}, which is no tensor; get the "
+                          ".safetensors version")
+        strange[name] = PlaceholderDict if name.lower().endswith("dict") else Placeholder
 
 
-def _refused(source: Path, name: str) -> Problem:
-    return Problem(f"{source}: refused, it would load or run {name[:80]}, which is no tensor; get the .safetensors "
-                   "version")
-
-
-def _flatten(content: dict, source: Path) -> Iterator[tuple[str, object]]:
+def _flatten(content: dict, source: Path) -> dict[str, object]:
     """Nested keys joined with dots, without end neither in depth nor in number."""
-    waiting, names = [("", content, 0)], 0
+    waiting, flat, names = [("", content, 0)], dict[str, object](), 0
     while waiting:
         prefix, inner, depth = waiting.pop()
         names += len(inner)
-        if depth > DEEPEST or names > MOST_NAMES or len(waiting) > MOST_NAMES:
+        if depth > DEEPEST or names > MOST_NAMES:
             raise Problem(f"{source}: its dicts hold one another without end; expected a dict of tensors")
         for key, value in dict.items(inner):
+            name = f"{prefix}{key}"
             if isinstance(value, dict):
-                waiting.append((f"{prefix}{key}.", value, depth + 1))
+                waiting.append((f"{name}.", value, depth + 1))
+            elif name in flat and (isinstance(value, Tensor) or isinstance(flat[name], Tensor)):
+                raise Problem(f"{source}: two tensors would be named {name[:80]}; rename one of them")
             else:
-                yield f"{prefix}{key}", value
+                flat[name] = value
+    return flat
 
 
 def published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,10 +136,20 @@ def published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if inside := IN_UNET.match(key):  # down, up, mid; 1, 3, 5, ...
             key = f"adapter_modules.{2 * places.index(inside[1]) + 1}.{inside[2]}"
-        for pattern, ours in TRAINED:
-            if re.match(pattern, key):
-                adapter[re.sub(pattern, ours, key)] = tensor
+        for theirs, ours in TRAINED.items():
+            if key.startswith(theirs):
+                adapter[ours + key.removeprefix(theirs)] = tensor
     return adapter
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """No two tensors share memory, which safetensors refuses; only those that do are copied."""
+    seen, apart = set(), {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[key] = (tensor.clone() if place in seen else tensor).contiguous()
+        seen.add(place)
+    return apart
 
 
 def _check_plain(tensors: dict[str, Tensor], source: Path) -> None:
@@ -163,13 +162,3 @@ def _check_plain(tensors: dict[str, Tensor], source: Path) -> None:
                           "place")
     if sum(tensor.nbytes for tensor in tensors.values()) > 8 * source.stat().st_size + 2**20:
         raise Problem(f"{source}: its tensors are many times as large as the file; expected a whole file")
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """No two tensors share memory, which safetensors refuses; only those that do are copied."""
-    seen, result = set(), {}
-    for key, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        result[key] = (tensor.clone() if place in seen else tensor).contiguous()
-        seen.add(place)
-    return result

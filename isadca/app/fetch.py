@@ -4,6 +4,7 @@ huggingface_hub brings HF_ENDPOINT, HF_HUB_OFFLINE, tokens and the progress bar.
 hf_hub_download: that one starts again from nothing after a run that was cut off.
 """
 
+import contextlib
 import errno
 import os
 import shlex
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 from ..common.files import sha256
 from ..common.problem import Problem
 from .console import note
+
+PROXY = "look at HF_ENDPOINT and proxies"
 
 
 class Pinned(NamedTuple):
@@ -30,6 +33,9 @@ class Pinned(NamedTuple):
 
     def target(self, to: Path) -> Path:
         return to / self.folder / self.file
+
+    def __str__(self) -> str:
+        return f"{self.repository}/{self.file}"
 
 
 def _read() -> list[Pinned]:
@@ -73,18 +79,17 @@ def missing(items: list[Pinned], to: Path) -> list[Pinned]:
 
 def download(item: Pinned, to: Path) -> None:
     """Download one file. A download that is cut off leaves NAME.part, where the next one goes on. Raises Problem."""
-    part, target = _part(item, to), item.target(to)
+    part = _part(item, to)
     try:
         _download(item, part)
-        if why := _differs(item, part):
-            part.unlink()
-            raise Problem(f"{item.repository}/{item.file}: what came is not the pinned file ({why}) and was deleted; "
-                          "fetch again, or look at HF_ENDPOINT and proxies")
-        os.replace(part, target)
     except Problem:
         raise
     except Exception as error:  # whatever HTTP library huggingface_hub is built on has its own
         raise Problem(_explain(error, item, to)) from None
+    if why := _differs(item, part):
+        part.unlink()
+        raise Problem(f"{item}: what came is not the pinned file ({why}) and was deleted; fetch again, or {PROXY}")
+    os.replace(part, item.target(to))
 
 
 def _part(item: Pinned, to: Path) -> Path:
@@ -99,16 +104,13 @@ def _download(item: Pinned, part: Path) -> None:
     url = hf_hub_url(item.repository, item.file, revision=item.revision)
     offered = get_hf_file_metadata(url).size
     if offered not in (None, item.size):
-        raise Problem(f"{item.repository}/{item.file}: {offered} bytes are offered, {item.size} are pinned; look at "
-                      "HF_ENDPOINT and proxies")
+        raise Problem(f"{item}: {offered} bytes are offered, {item.size} are pinned; {PROXY}")
     part.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab") as file:
         _lock(file, part)
         if file.tell() > item.size:
             file.seek(0)
             file.truncate()
-        if file.tell() == item.size:
-            return
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # the bytes that are counted and resumed
         bounded: Any = Bounded(file, item)  # as much of a file as http_get uses
         http_get(url, bounded, resume_size=file.tell(), headers=headers, expected_size=item.size,
@@ -119,27 +121,22 @@ class Bounded:
     """A file that takes no more than the pinned bytes, whatever a server sends."""
 
     def __init__(self, file, item: Pinned):
-        self.file, self.item = file, item
+        self.tell, self.item, self._write = file.tell, item, file.write
 
     def write(self, block: bytes) -> int:
-        if self.file.tell() + len(block) > self.item.size:
-            raise Problem(f"{self.item.repository}/{self.item.file}: more came than the {self.item.size} pinned bytes; "
-                          "look at HF_ENDPOINT and proxies")
-        return self.file.write(block)
-
-    def __getattr__(self, name: str):
-        return getattr(self.file, name)
+        if self.tell() + len(block) > self.item.size:
+            raise Problem(f"{self.item}: more came than the {self.item.size} pinned bytes; {PROXY}")
+        return self._write(block)
 
 
 def _lock(file, part: Path) -> None:
     """Two fetches at once would spoil a .part file. Without such locks on this system, nothing is done."""
-    try:
+    with contextlib.suppress(ImportError):
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        return
-    except BlockingIOError:
-        raise Problem(f"{part}: another isadca fetch writes it; wait for that one, then fetch again") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"{part}: another isadca fetch writes it; wait for that one, then fetch again") from None
 
 
 def _differs(item: Pinned, path: Path) -> str:
@@ -154,22 +151,21 @@ def _differs(item: Pinned, path: Path) -> str:
 
 def _explain(error: Exception, item: Pinned, to: Path) -> str:
     """One line: what went wrong, and what to do."""
-    what, again = f"{item.repository}/{item.file}", "fetch again, it goes on where it stopped"
+    again = "fetch again, it goes on where it stopped"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if type(error).__name__ == "OfflineModeIsEnabled":
-        return f"{what}: HF_HUB_OFFLINE is set; unset it, or put the file at {item.target(to)}"
+        return f"{item}: HF_HUB_OFFLINE is set; unset it, or put the file at {item.target(to)}"
     if status in (401, 403):
-        return (f"{what}: not open to you ({status}); accept its terms at https://huggingface.co/{item.repository} and "
+        return (f"{item}: not open to you ({status}); accept its terms at https://huggingface.co/{item.repository} and "
                 "log in with: hf auth login (or set HF_TOKEN)")
-    if status == 404:
-        return f"{what}: not there at {item.revision} (404); look at HF_ENDPOINT"
     if status:
-        return f"{what}: the server answered {status}; {again}"
+        return f"{item}: " + (f"not there at {item.revision} (404); look at HF_ENDPOINT" if status == 404 else
+                              f"the server answered {status}; {again}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{item.target(to)}: the disk is full; make room, then {again}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: cannot write there ({error.strerror}); choose another --to"
-    return f"{what}: the download broke off ({str(error).partition(chr(10))[0] or type(error).__name__}); {again}"
+    return f"{item}: the download broke off ({str(error).partition(chr(10))[0] or type(error).__name__}); {again}"
 
 
 def next_steps(items: list[Pinned], to: Path) -> list[str]:
@@ -179,11 +175,10 @@ def next_steps(items: list[Pinned], to: Path) -> list[str]:
              for path in targets if path.suffix == ".bin"]
     if not any(item.folder == "sd15" for item in items):
         return steps
-    weights = [path for path in (to / "sd15", to / "sd15" / "v1-5-pruned-emaonly.safetensors")
-               if (path / "unet").is_dir() or path.is_file()]
-    if not weights:
+    folder, single = to / "sd15", to / "sd15" / "v1-5-pruned-emaonly.safetensors"
+    if not (folder / "unet").is_dir() and not single.is_file():
         return [*steps, f"isadca fetch sd15 --to {shlex.quote(str(to))}"]
-    flags = ["--weights", str(weights[0])]
+    flags = ["--weights", str(folder if (folder / "unet").is_dir() else single)]
     for flag, start in [("--ip-adapter", "ip-adapter"), ("--vae", "vae-ft-mse")]:
         files = [path for path in targets if path.name.startswith(start)]
         if len(files) == 1 and files[0].name != "ip-adapter_sd15.safetensors":  # which is found by itself
