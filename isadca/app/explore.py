@@ -1,7 +1,7 @@
 """One run of the method from inside, as one HTML file: `look_inside` collects the data, `page` embeds it.
 
-Everything is observed from outside the loop: attention through the seam (`Record` is a kernel), the branches' noise
-through `on_step`. The page itself, with its CSS and JavaScript, is explore.html beside this file.
+Everything is observed from outside the loop: attention through the seam by `record`, the branches' noise through
+`on_step`. The page itself, with its CSS and JavaScript, is explore.html beside this file.
 
 Shapes: N queries and M keys of one attention map; h × w its grid.
 """
@@ -10,7 +10,6 @@ import base64
 import json
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from .. import __version__
-from ..attention import Site, attend, attention_probs
 from ..common.images import clip_pixels, to_tensor
 from ..common.problem import Problem
 from ..common.progress import Progress, silent
@@ -30,41 +28,14 @@ from ..loop import Noise, Run, decode, sample
 from ..methods import Method
 from ..networks.clip import CLIPText
 from ..networks.model import Model
-from ..reference import Reference, reconstruct, replay
+from ..reference import Reference, reconstruct
+from .record import Map, record
 
 LAMS = [i / 10 for i in range(11)]
 CHAIN = 5      # latents of the inversion chain on the page
 MOMENTS = 4    # steps whose attention is kept
 GRID = 16      # cells a side of an attention map; larger ones are averaged to keep a page of SD1.5 small
 SIDE = 256     # pixels a side of a picture
-
-
-class Record:
-    """A kernel that keeps the attention of the text-guided half, mean over heads, until it is asked for it.
-
-    looks[site] (N,2N): ISA's, over [reference, self]; words[site]: (N,M) of the prompt, one from each branch.
-    """
-
-    def __init__(self, tokens: int):
-        self.tokens = tokens
-        self.clear()
-
-    def clear(self) -> None:
-        self.looks: dict[Site, Tensor] = {}
-        self.words: dict[Site, list[Tensor]] = {}
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        if site.kind == "self" and k.shape[2] == 2 * q.shape[2]:
-            self.looks[site] = _probs(q, k)
-        elif site.kind == "cross" and k.shape[2] == self.tokens:  # the image prompt has fewer or more tokens
-            self.words.setdefault(site, []).append(_probs(q, k))
-        return attend(q, k, v, site)
-
-
-def _probs(q: Tensor, k: Tensor) -> Any:
-    """The last row, a text-guided one: (B,H,N,d), (B,H,M,d) -> (N,M), head by head for memory."""
-    heads = q.shape[1]
-    return sum(attention_probs(q[-1:, [h]], k[-1:, [h]])[0, 0].float() for h in range(heads)) / heads
 
 
 def method_at(lam: float) -> Method:
@@ -76,20 +47,20 @@ def method_at(lam: float) -> Method:
 
 def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progress: Progress = silent) -> dict:
     """All that the page shows, as JSON: the run of `method` step by step, and the final pictures over λ."""
-    words = model.tokenizer.words(prompt)
+    words, tokens = model.tokenizer.words(prompt), model.tokenizer.max_tokens
     grid = model.schedule.steps(ref.steps)
     moments, chain = _spread(ref.steps - 1, MOMENTS), _spread(ref.steps, CHAIN + 1)[1:]
-    record, attention = Record(model.text.config.max_tokens), []
+    kept = {grid[i].t for i in moments}
+    recorder, attention = record(method, lambda site, t, branch: t in kept), []
     branches: list[list[Tensor]] = []
 
     def on_step(run: Run, t: int, z: Tensor, noise: Noise) -> None:
-        if len(branches) in moments:
-            attention.append({"t": t} | attention_maps(record, [rows for _, rows in words]))
+        if t in kept:
+            attention.append({"t": t} | attention_maps(recorder.maps, [rows for _, rows in words], tokens))
+            recorder.maps.clear()  # one step at a time, for memory
         branches.append([predict_x0(z, eps, model.schedule.alpha_bar(t)) for eps in noise])
-        record.clear()
 
-    [z] = sample(model, ref, [Run(prompt, method)], replayed=replay(model, ref), kernel=record, on_step=on_step,
-                 progress=progress)
+    [z] = sample(model, ref, [Run(prompt, recorder.method)], on_step=on_step, progress=progress)
     show = lambda latents: [uri(image) for image in decode(model, latents)]
     return {"version": __version__, "prompt": prompt, "words": [word for word, _ in words], "lam": method.lam,
             "guidance": method.guidance, "size": ref.image.width, "times": [step.t for step in grid],
@@ -99,20 +70,23 @@ def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progr
             "variation": show(z)[0], "attention": attention, "lams": LAMS, **over_lam(model, ref, prompt, progress)}
 
 
-def attention_maps(record: Record, rows: list[list[int]]) -> dict:
+def attention_maps(maps: list[Map], rows: list[list[int]], tokens: int) -> dict:
     """One step's maps, per level the mean over its layers: where each query looks, where each word acts.
 
-    `rows` are each word's rows of the context. Also the share of every layer's attention that the reference gets.
+    `rows` are each word's rows of the context, which has `tokens`; the image prompt has fewer or more. Also the share
+    of every layer's attention that the reference gets.
     """
     levels, layers = [], []
-    for hw in sorted({site.hw for site in record.looks}, reverse=True):
-        looks = [p for site, p in record.looks.items() if site.hw == hw]
-        cross = torch.stack([p for site, both in record.words.items() if site.hw == hw for p in both]).mean(0)
-        words = [pooled(cross[:, r].sum(1)[None], hw)[0] for r in rows]
+    looks = {site: p for site, _, branch, p in maps if site.kind == "self" and branch == 0}
+    words = [(site, p) for site, _, _, p in maps if site.kind == "cross" and p.shape[1] == tokens]
+    for hw in sorted({site.hw for site in looks}, reverse=True):
+        look = torch.stack([p for site, p in looks.items() if site.hw == hw]).mean(0)
+        cross = torch.stack([p for site, p in words if site.hw == hw]).mean(0)
+        by_word = [pooled(cross[:, r].sum(1)[None], hw)[0] for r in rows]
         h, w = (min(side, GRID) for side in hw)
-        levels.append({"hw": hw, "grid": (h, w), "looks": packed(pooled_both(torch.stack(looks).mean(0), hw)),
-                       "words": packed(torch.stack(words)) if words else ""})
-    for site, p in record.looks.items():
+        levels.append({"hw": hw, "grid": (h, w), "looks": packed(pooled_both(look, hw)),
+                       "words": packed(torch.stack(by_word)) if rows else ""})
+    for site, p in looks.items():
         layers.append({"layer": site.layer, "place": site.place, "hw": site.hw,
                        "share": round(p[:, : len(p)].sum(1).mean().item(), 4)})
     return {"levels": levels, "layers": layers}
