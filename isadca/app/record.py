@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..attention import Attend, Site, attend, attention_probs
 from ..loop import Controls, attends
@@ -13,23 +13,22 @@ from ..methods import ISADCA, Method
 
 
 class Map(NamedTuple):
-    """One call of the kernel. N queries, M keys; ISA's keys are [reference, self]."""
+    """One call of the kernel: N queries by M keys, the mean over heads. ISA's keys are [reference, self]."""
 
     site: Site
     t: int
     branch: int    # 0 is ISA and 1 is DCA where their noise is mixed; the number of a `Guided` row; else 0
-    probs: Tensor  # (N,M), the mean over heads
+    probs: torch.Tensor  # (N,M)
 
 
 class record:
-    """Keeps attention maps while a method runs; the picture stays the same.
+    """Keeps in `maps` the attention that `wanted` asks for, while `method` runs; the picture stays the same.
 
-        recorder = isadca.record(isadca.ISADCA, lambda site, t, branch: site.layer >= 10 and t > 500)
+        recorder = isadca.record(isadca.PRESETS["isadca"], lambda site, t, branch: site.layer >= 10 and t > 500)
         pictures = isadca.vary(model, ref, "a lemon", recorder.method)
-        site, t, branch, probs = recorder.maps[0]
 
-    `wanted` says which. `row` is of the batch: the last is the last variation's, in the text half. What a method
-    computes without `controls.kernel` is not seen. `recorder.kernel(t)` is an Attend for your own call of the UNet.
+    `row` is of the batch: the last is the last variation's, in the text half. What bypasses `controls.kernel` is not
+    seen. For a call of the UNet of your own there is `recorder.kernel(t)`.
     """
 
     def __init__(self, method: Method = ISADCA, wanted: Callable[[Site, int, int], bool] = lambda *at: True,
@@ -49,15 +48,13 @@ class record:
         return attend_kept
 
     def _mix(self, controls: Controls):
-        own = {name: getattr(self.recorded, name) for name in ("mix", "k", "t_start")}
-        kernel = self.kernel(controls.t, controls.kernel)
-        made = attends(controls._replace(method=replace(controls.method, **own), kernel=kernel))
+        own, kernel = self.recorded, self.kernel(controls.t, controls.kernel)
+        method = replace(controls.method, mix=own.mix, k=own.k, t_start=own.t_start)
+        made = attends(controls._replace(method=method, kernel=kernel))
         if isinstance(made, list):
-            return [row._replace(attend=self._told(i, row.attend)) for i, row in enumerate(made)]
-        return tuple(map(self._told, (0, 1), made)) if isinstance(made, tuple) else self._told(0, made)
+            return [row._replace(attend=partial(self._told, i, row.attend)) for i, row in enumerate(made)]
+        return tuple(partial(self._told, i, f) for i, f in enumerate(made)) if isinstance(made, tuple) else made
 
-    def _told(self, branch: int, f: Attend) -> Attend:
-        def attend_told(q, k, v, site):
-            self.branch = branch
-            return f(q, k, v, site)
-        return attend_told
+    def _told(self, branch: int, f: Attend, *of_layer) -> torch.Tensor:
+        self.branch = branch
+        return f(*of_layer)
