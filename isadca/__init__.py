@@ -11,13 +11,14 @@ __version__ = "0.1.0"
 
 # which module each public name is in; __init__.pyi says the same to type checkers
 _HOME = {"attention": ["Site", "attend", "attend_reference", "attention_probs", "blend", "by_kind", "by_rows",
-                       "capture", "dca", "isa", "masked", "where"],
-         "methods": ["Cosine", "Linear", "Method", "PRESETS"],
+                       "capture", "dca", "isa", "where"],
+         "methods": ["Cosine", "Linear", "Method", "PRESETS", "Run"],
          "reference": ["Reference", "invert", "reconstruct", "replay"],
-         "loop": ["Controls", "Guided", "Options", "Run", "conditions", "decode", "predict", "sample", "vary"],
+         "loop": ["Controls", "Guided", "Options", "conditions", "decode", "predict", "sample", "vary"],
          "networks.model": ["Model"],
          "loading.load": ["default_weights", "load"],
          "common.images": ["load_image", "save_png"],
+         "common.masks": ["masked"],
          "common.sheets": ["contact_sheet"],
          "common.problem": ["Problem"],
          "evaluation.evaluate": ["evaluate"],

@@ -2,15 +2,16 @@
 from .attention import (
     Site as Site, attend as attend, attend_reference as attend_reference, attention_probs as attention_probs,
     blend as blend, by_kind as by_kind, by_rows as by_rows, capture as capture, dca as dca, isa as isa,
-    masked as masked, where as where)
-from .methods import Cosine as Cosine, Linear as Linear, Method as Method, PRESETS as PRESETS
+    where as where)
+from .methods import Cosine as Cosine, Linear as Linear, Method as Method, PRESETS as PRESETS, Run as Run
 from .reference import Reference as Reference, invert as invert, reconstruct as reconstruct, replay as replay
 from .loop import (
-    Controls as Controls, Guided as Guided, Options as Options, Run as Run, conditions as conditions,
+    Controls as Controls, Guided as Guided, Options as Options, conditions as conditions,
     decode as decode, predict as predict, sample as sample, vary as vary)
 from .networks.model import Model as Model
 from .loading.load import default_weights as default_weights, load as load
 from .common.images import load_image as load_image, save_png as save_png
+from .common.masks import masked as masked
 from .common.sheets import contact_sheet as contact_sheet
 from .common.problem import Problem as Problem
 from .evaluation.evaluate import evaluate as evaluate

@@ -3,7 +3,7 @@
 Every attention layer of the UNet projects q, k, v and then calls the `attend` function it was given. The plain
 kernels are such functions; ISA, DCA and λ are small factories that return one. To try an idea, write another.
 
-References: the paper (Eqs. 5-9); RIVAL, arXiv 2305.18729; IP-Adapter, arXiv 2308.06721; MasaCtrl, arXiv 2304.08465.
+References: the paper, Eqs. 5-9; RIVAL, arXiv 2305.18729; IP-Adapter, arXiv 2308.06721; MasaCtrl, arXiv 2304.08465.
 Shapes: B rows of the batch, H heads, N queries, M keys, d head dim. q is (B,H,N,d), k and v are (B,H,M,d).
 """
 
@@ -34,28 +34,29 @@ KV = dict[str, tuple[Tensor, Tensor]]  # extra keys and values by site name, eac
 
 def attention_probs(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
     """softmax(QKᵀ/√d): how much each query looks at each key. (B,H,N,d), (B,H,M,d) -> (B,H,N,M)."""
-    wide = torch.promote_types(q.dtype, torch.float32)  # in half precision products overflow and sums lose the tail
+    wide = torch.promote_types(q.dtype, torch.float32)  # half precision overflows, and its sums lose the tail
     scores = q.to(wide) @ k.to(wide).transpose(-1, -2) / math.sqrt(q.shape[-1])
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
     return scores.softmax(dim=-1).to(q.dtype)
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, site: Site | None = None, causal: bool = False) -> Tensor:
-    """Eq. 6, written out: softmax(QKᵀ/√d) V. It holds the (B,H,N,M) matrix in memory: for reading and for tests."""
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, site: Site | None = None,
+                     causal: bool = False) -> Tensor:
+    """Eq. 6 written out: softmax(QKᵀ/√d) V. It holds the (B,H,N,M) matrix: for reading and for tests."""
     return attention_probs(q, k, causal) @ v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, site: Site | None = None, causal: bool = False) -> Tensor:
-    """The same function from torch's fused kernel; the default everywhere."""
+    """The same from torch's fused kernel; the default everywhere."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 # ---- variants: factories that return an Attend. `kernel` is what they call in the end --------------------------
 
 def capture(store: KV, kernel: Attend = attend, maps: KV | None = None) -> Attend:
-    """Plain attention that leaves the keys and values of every self-attention in `store`, and in `maps` the queries
-    and keys of every layer, of which its attention map is made."""
+    """Plain attention that leaves every self-attention's keys and values in `store`, and every layer's queries and
+    keys, which its attention map can be computed from, in `maps`."""
     def attend_capture(q, k, v, site):
         if maps is not None:
             maps[site.name] = (q, k)
@@ -68,9 +69,9 @@ def capture(store: KV, kernel: Attend = attend, maps: KV | None = None) -> Atten
 def isa(ref_kv: KV, mode: str = "append", kernel: Attend = attend) -> Attend:
     """Intra-image self-attention, Eq. 5: queries from z_t, keys and values from z̄_t ⊕ z_t.
 
-    ⊕ joins tokens, so K and V have the reference's M tokens and then z_t's own. mode="replace" keeps the
-    reference's alone (RIVAL's early phase, MasaCtrl). `ref_kv` is what `capture` stored in a pass over z̄_t; it has
-    one row, one per guidance half, or one per row of q. Cross-attention passes through.
+    ⊕ joins tokens: K and V have the reference's M tokens, then z_t's own. mode="replace" keeps the reference's
+    alone (RIVAL's early phase, MasaCtrl). `ref_kv` is what `capture` stored in a pass over z̄_t, with one row, one
+    per guidance half, or one per row of q. Cross-attention passes through.
     """
     if mode not in ("append", "replace"):
         raise ValueError(f"isa mode is {mode!r}, expected 'append' or 'replace'")
@@ -86,9 +87,9 @@ def isa(ref_kv: KV, mode: str = "append", kernel: Attend = attend) -> Attend:
 
 
 def dca(ip_kv: KV, scale: float | Tensor = 1.0, kernel: Attend = attend) -> Attend:
-    """Decoupled cross-attention, Eq. 8: attention to the text plus `scale` × attention to the image, same queries.
+    """Decoupled cross-attention, Eq. 8: attention to the text plus `scale` × attention to the image.
 
-    `ip_kv` comes from `IPAdapter.keys_values`; its rows are as in `isa`; empty, it leaves the text alone.
+    `ip_kv` comes from `IPAdapter.keys_values`, with rows as in `isa`; if it is empty, only the text is attended to.
     Self-attention passes through.
     """
     def attend_dca(q, k, v, site):
@@ -114,23 +115,8 @@ def where(condition: Callable[[Site], bool], f: Attend, g: Attend = attend) -> A
     return lambda q, k, v, site: (f if condition(site) else g)(q, k, v, site)
 
 
-def masked(f: Attend, g: Attend, mask: Tensor) -> Attend:
-    """f where the mask is 1, g where it is 0, between them a mix: control for a part of the picture.
-
-    `mask` is (h,w), or (N,h,w) for the variations of one batch, at any size; each layer sees it at its own grid.
-    """
-    mask = mask[None] if mask.ndim == 2 else mask
-
-    def attend_masked(q, k, v, site):
-        at_grid = F.interpolate(mask[:, None].to(q), size=site.hw, mode="area")           # (N,1,h,w)
-        weight = at_grid.flatten(2).transpose(1, 2)[:, None]                              # (N,1,h·w,1)
-        weight = weight.repeat(len(q) // len(weight), 1, 1, 1)                            # every half has N rows
-        return torch.lerp(g(q, k, v, site), f(q, k, v, site), weight)
-    return attend_masked
-
-
 def in_layers(layers: tuple[int, ...] | None, f: Attend, g: Attend) -> Attend:
-    """f in these transformer blocks, g in the others; f in all of them where `layers` is None."""
+    """f in these transformer blocks, g in the others; None is all blocks."""
     return f if layers is None else where(lambda site: site.layer in layers, f, g)
 
 
@@ -147,16 +133,17 @@ def by_rows(n: int, f: Attend, g: Attend) -> Attend:
 
 
 def joined(kvs: Sequence[KV], dim: int) -> KV:
-    """Several extra keys and values as one: their rows under each other (dim 0), or their tokens in a row (dim 2)."""
+    """Several sets of keys and values as one: all their rows (dim 0), or all their tokens in each row (dim 2)."""
     return {name: (torch.cat([kv[name][0] for kv in kvs], dim), torch.cat([kv[name][1] for kv in kvs], dim))
             for name in kvs[0]}
 
 
-def repeat_rows(x: Tensor, rows: int) -> Tensor:
-    """(R,...) -> (rows,...), each of the R rows standing for rows/R neighbours.
+def rows_of(kv: KV, rows: slice) -> KV:
+    return {name: (k[rows], v[rows]) for name, (k, v) in kv.items()}
 
-    Raises ValueError where R does not divide rows: leaving the reference out in silence is how such code goes wrong.
-    """
+
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """(R,...) -> (rows,...), each of the R rows standing for rows/R neighbours."""
     if len(x) == rows:
         return x
     if len(x) == 1:

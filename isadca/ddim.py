@@ -1,7 +1,7 @@
 """DDIM in both directions: a table of noise levels and two affine maps. Deterministic (η = 0).
 
-The noise level of a latent is its alpha_bar, the product of the schedule's alphas: z_t = √ᾱ x0 + √(1-ᾱ) ε. The
-papers' α_t is this product. Levels are Python floats, so that no step waits for a device.
+The noise level of a latent is its alpha_bar, the product of the schedule's alphas: z_t = √ᾱ x0 + √(1-ᾱ) ε.
+The papers' α_t is this product. Levels are Python floats, so that no step waits for a device.
 
 References: DDIM, arXiv 2010.02502 (Eq. 12 there); the paper, Eqs. 2-4 and 10.
 """
@@ -23,11 +23,11 @@ class ScheduleConfig:
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     steps_offset: int = 1
-    alpha_to_one: bool = False                                 # level "before t=0": alpha_bar 1 instead of alpha_bar[0]
+    alpha_to_one: bool = False      # below t = 0 the level is 1, instead of that at 0
 
 
 class Step(NamedTuple):
-    """One stride of the grid: from level `t` down to level `t_prev` (negative: the level before t = 0)."""
+    """One stride of the grid, from level `t` down to level `t_prev`; below 0 is the level of clean latents."""
 
     t: int
     t_prev: int
@@ -38,23 +38,19 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig = ScheduleConfig()):
         self.config = config
-        linear = config.beta_schedule == "linear"
-        power = 1 if linear else 2
+        power = 1 if config.beta_schedule == "linear" else 2
         first, last = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
         betas = torch.linspace(first, last, config.train_steps, dtype=torch.float64) ** power
         self._alpha_bar = (1 - betas).cumprod(0).tolist()
 
     def alpha_bar(self, t: int) -> float:
-        """The level at training step t; for t < 0 the level of clean latents, ᾱ[0] (0.99915) for SD1.5."""
-        if t < 0:
-            return 1.0 if self.config.alpha_to_one else self._alpha_bar[0]
-        return self._alpha_bar[t]
+        """The level at training step t; below 0 that of clean latents, for SD1.5 ᾱ[0] = 0.99915."""
+        if t < 0 and self.config.alpha_to_one:
+            return 1.0
+        return self._alpha_bar[max(t, 0)]
 
     def steps(self, n: int) -> list[Step]:
-        """n steps in sampling order; for n = 50: (981, 961), (961, 941), ..., (1, -19).
-
-        Raises Problem where n does not fit the schedule.
-        """
+        """n steps in sampling order; for n = 50: (981, 961), (961, 941), ..., (1, -19). Raises Problem."""
         most = self.config.train_steps - self.config.steps_offset
         if not 1 <= n <= most:
             raise Problem(f"steps is {n}, expected 1 to {most}; 50 is the paper's")

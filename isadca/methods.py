@@ -1,8 +1,8 @@
-"""The systems as values: every knob of the sampling loop in one frozen dataclass, and the presets with their source.
+"""The methods as values: all knobs of the sampling loop in one frozen dataclass, and the presets with their source.
 
-The loop is in loop.py. `t` counts training steps, from 1000 (noise) down to 0. Thresholds are levels of t, whatever the
-number of steps. RIVAL and MasaCtrl count calls instead: at the 50 steps that both publish the two agree, at 30 RIVAL's
-changes come up to one step earlier, and MasaCtrl's four plain steps reach as far down as they are long.
+`t` counts training steps, from 1000 (noise) down to 0. Thresholds are levels of t, whatever the number of steps.
+RIVAL and MasaCtrl count their calls instead. At the 50 steps that both publish, the two agree; at 30, RIVAL's
+changes come up to one step earlier, and MasaCtrl's four plain steps reach further down, as each is longer.
 """
 
 import math
@@ -15,7 +15,7 @@ from .common.problem import Problem
 if TYPE_CHECKING:  # the command line's help reads this file and does not wait for torch
     from torch import Tensor
 
-Lambda = Union[float, "Tensor", Callable[[int, int], Union[float, "Tensor"]]]  # a constant, or a function of (t, T)
+Lambda = Union[float, "Tensor", Callable[[int, int], Union[float, "Tensor"]]]  # constant, or a function of (t, T)
 INITS = ("inverted", "shuffle", "gaussian", "random")
 
 
@@ -30,17 +30,17 @@ class Method:
 
     name: str = "isadca"
     lam: Lambda = knob(0.7, "λ of Eq. 9: 1 is ISA alone, 0 is DCA (IP-Adapter) alone; or linear:1:0.3, cosine:1:0")
-    mix: str | Callable = knob("noise", "where Eq. 9 mixes", ("noise", "attention"))  # or a function of loop.Controls
-    before_step: Callable | None = None  # a function of the model and loop.Controls that gives z_t as the step sees it
-    edit: Callable | None = None  # a function of loop.Controls that gives the UNet's `edit`, for hidden states
+    mix: str | Callable = knob("noise", "where Eq. 9 mixes", ("noise", "attention"))  # or a function of Controls
+    before_step: Callable | None = None  # a function of the model and Controls that gives z_t as the step sees it
+    edit: Callable | None = None  # a function of Controls that gives the UNet's `edit`, for hidden states
     guidance: float = knob(7.0, "m of classifier-free guidance; 1 is without")
     k: int = knob(0, "K of Algorithm 1: control is on for k < t <= t-start, elsewhere a step is plain")
     t_start: int = knob(1000, "see --k")
     replace_above: int = knob(1000, "for t above, ISA sees the reference alone; below, reference and self")
     adain_above: int = knob(1000, "for t above, ISA's noise takes the reference noise's mean and deviation")
     layers: tuple[int, ...] | None = knob(None, "ISA in these transformer blocks only, such as 10-15 or 0,1,6")
-    ref_rows: int = 1             # 1: both guidance halves read one reference; 2: each has its own, prompted as it is
-    ref_maps: bool = False        # functions of loop.Controls may read the reference's queries and keys, `ref_qk`
+    ref_rows: int = 1         # 1: both guidance halves read one reference; 2: each its own, prompted like it
+    ref_maps: bool = False    # whether Controls have the reference's queries and keys, `ref_qk`
     ip_scale: float = knob(1.0, "weight of DCA's image branch")
     ip_layers: tuple[int, ...] | None = knob(None, "the image prompt in these transformer blocks only")
     init: str = knob("inverted", "z_T: the reference's, its cells shuffled, its moments alone, or noise", INITS)
@@ -48,7 +48,7 @@ class Method:
     source: str = "the paper, Algorithm 1; Eq. 9 between the two branches' noise"
 
     def lam_at(self, t: int, T: int) -> "float | Tensor":
-        """λ_t, checked. A tensor stays one, so that gradients reach it. Raises Problem outside [0,1]."""
+        """λ_t. A tensor stays one, so that gradients reach it. Raises Problem outside [0,1]."""
         lam = self.lam(t, T) if callable(self.lam) else self.lam
         if not 0 <= lam <= 1:
             raise Problem(f"lam is {lam} at t = {t}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
@@ -59,38 +59,43 @@ class Method:
         return self.k < t <= self.t_start
 
     def wants_reference(self, t: int, T: int) -> bool:
-        """Whether the step at t uses the reference's keys and values, or its noise."""
-        return bool(self.lam_at(t, T) > 0 or callable(self.mix)) and (self.is_active(t) or t > self.adain_above)
+        """Whether the step at t reads the reference's keys and values, or its noise."""
+        in_use = self.is_active(t) or t > self.adain_above
+        return in_use and bool(callable(self.mix) or self.lam_at(t, T) > 0)
+
+    def isa_mode(self, t: int) -> str:
+        """Of `attention.isa`: the reference alone, or reference and self."""
+        return "replace" if t > self.replace_above else "append"
 
     @property
     def wants_image(self) -> bool:
-        """Whether any step uses the image prompt."""
-        return bool(self.ip_scale != 0 and (self.lam != 1 or callable(self.mix)))
+        """Whether any step reads the image prompt."""
+        return bool(self.ip_scale != 0 and (callable(self.mix) or self.lam != 1))
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether every seed gives the same picture."""
+        return self.init == "inverted" and self.diversity == 0
 
     def check(self, T: int, n_layers: int | None = None) -> "Method":
         """Self, with `layers` counted from the start. Raises Problem, naming the field and what is allowed."""
-        rules = [("guidance", self.guidance, math.isfinite(self.guidance), "a finite number; the paper has 7"),
-                 ("k", self.k, 0 <= self.k < T, f"0 to {T - 1}; control is on for t > k"),
-                 ("t_start", self.t_start, self.k < self.t_start, f"more than k, which is {self.k}"),
-                 ("ip_scale", self.ip_scale, math.isfinite(self.ip_scale), "a finite number; 1 is the paper's"),
-                 ("ref_rows", self.ref_rows, self.ref_rows in (1, 2), "1 or 2"),
-                 ("diversity", self.diversity, 0 <= self.diversity <= 1, "0 to 1"),
-                 ("init", self.init, self.init in INITS, " or ".join(INITS)),
-                 ("mix", self.mix, callable(self.mix) or self.mix in ("noise", "attention"), "noise or attention")]
-        for name, value, fine, expected in rules:
+        rules = [("guidance", math.isfinite(self.guidance), "a finite number; the paper has 7"),
+                 ("k", 0 <= self.k < T, f"0 to {T - 1}; control is on for t > k"),
+                 ("t_start", self.k < self.t_start, f"more than k, which is {self.k}"),
+                 ("ip_scale", math.isfinite(self.ip_scale), "a finite number; 1 is the paper's"),
+                 ("ref_rows", self.ref_rows in (1, 2), "1 or 2"),
+                 ("diversity", 0 <= self.diversity <= 1, "0 to 1"),
+                 ("init", self.init in INITS, " or ".join(INITS)),
+                 ("mix", callable(self.mix) or self.mix in ("noise", "attention"), "noise or attention")]
+        for name, fine, expected in rules:
             if not fine:
-                raise Problem(f"{name} is {value}, expected {expected}")
+                raise Problem(f"{name} is {getattr(self, name)}, expected {expected}")
         if not callable(self.lam):
             self.lam_at(T, T)
         if n_layers is None:
             return self
         return replace(self, layers=counted("layers", self.layers, n_layers),
                        ip_layers=counted("ip_layers", self.ip_layers, n_layers))
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether every seed gives the same picture."""
-        return self.init == "inverted" and self.diversity == 0
 
 
 def counted(name: str, layers: tuple[int, ...] | None, n: int) -> tuple[int, ...] | None:
@@ -145,19 +150,18 @@ PRESETS = {method.name: method for method in [
 ]}
 
 
-def method_named(name: str, **changes) -> Method:
-    """A preset with some fields changed; fields given as None stay. Raises Problem for an unknown name."""
+@dataclass(frozen=True)
+class Run:
+    """One method, one prompt, one picture per seed. A prompt may be an embedding (M,D), as `Model.context` makes."""
+
+    prompt: "str | Tensor"
+    method: Method = ISADCA
+    seeds: tuple[int, ...] = (0,)
+    negative: "str | Tensor" = ""
+
+
+def method_named(name: str) -> Method:
+    """A preset. Raises Problem for an unknown name."""
     if name not in PRESETS:
         raise Problem(f"method is {name!r}, expected one of {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **{field: value for field, value in changes.items() if value is not None})
-
-
-def own_method(where: str, flag: str = "--method") -> tuple[Method, str]:
-    """FILE.py:NAME as a Method (a function Controls -> Attend becomes the `mix` of one), and the file's sha256."""
-    from .common.own_code import checked, load_own  # for those who bring code
-
-    value, sha256 = load_own(where, flag)
-    method = value if isinstance(value, Method) else Method(where, mix=value, source="own code")
-    if not callable(method.mix) and method is not value:
-        raise Problem(f"{where}: is a {type(value).__name__}, expected a Method or a function Controls -> Attend")
-    return (replace(method, mix=checked(method.mix, where)) if callable(method.mix) else method), sha256
+    return PRESETS[name]

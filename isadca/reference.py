@@ -1,8 +1,8 @@
 """The reference picture as the sampling loop needs it: its DDIM inversion, computed once, and its replay.
 
-Inversion gives the chain z̄_0 ... z̄_T. The reference's keys and values at step t depend on (z̄_t, t) alone, so they
-are computed by *replaying* the known chain, several steps as one batch, and serve every variation, seed and λ.
-(Those of the inversion pass itself are other tensors: it evaluates z̄ of the level below with the label t.)
+Inversion gives the chain z̄_0 ... z̄_T. The reference's keys and values at step t depend on (z̄_t, t) alone, so
+they are computed by *replaying* the known chain, several steps as one batch, and serve every variation, seed and λ.
+(Those of the inversion pass are other tensors: it evaluates z̄ of the level below with the label t.)
 
 References: the paper, Eq. 4; RIVAL, arXiv 2305.18729; fixed-point inversion, ReNoise, arXiv 2403.14602.
 Shapes: T steps, (4,h,w) a latent.
@@ -11,17 +11,17 @@ Shapes: T steps, (4,h,w) a latent.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .attention import KV, Attend, attend, capture, joined
+from .attention import KV, Attend, attend, capture, joined, rows_of
 from .common.images import fit, load_image, to_images, to_tensor
 from .common.problem import Problem
-from .common.progress import Progress, silent
-from .ddim import Step, draw_noise
+from .common.progress import Progress, shown, silent
+from .ddim import draw_noise
 from .methods import Method
 from .networks.model import Model, Watch
 
@@ -50,19 +50,19 @@ class Reference:
 class ReferenceStep(NamedTuple):
     """One step of the replay: the reference's keys and values, and the noise predicted for it."""
 
-    kv: KV       # (1,H,M,d), or (2,H,M,d) with a row for each guidance half
-    eps: Tensor  # (1,4,h,w)
-    qk: KV = {}  # queries and keys of every layer, cross-attention too, where a method has `ref_maps`
+    kv: KV               # (1,H,M,d), or (2,H,M,d) with a row for each guidance half
+    eps: Tensor | None   # (1,4,h,w)
+    qk: KV = {}          # queries and keys of every layer, cross-attention too, where a method has `ref_maps`
 
 
-def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, prompt: str = "", size: int | None = None,
-           kernel: Attend = attend, progress: Progress = silent, fit_by: str = "crop",
-           fixed_point: int = 0) -> Reference:
-    """DDIM inversion of a picture, without guidance. The picture is fitted to the model's size, as images.fit does.
+def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, prompt: str = "",
+           size: int | None = None, kernel: Attend = attend, progress: Progress | bool = silent,
+           fit_by: str = "crop", fixed_point: int = 0) -> Reference:
+    """DDIM inversion of a picture, without guidance. It is fitted to the model's size as images.fit does.
 
     RIVAL's convention: the stride from t-20 up to t evaluates the UNet on z̄ at level t-20 with the label t.
-    `fixed_point` iterations move that evaluation to z̄_t itself, one more UNet call each: the way back then retraces
-    the way up more closely.
+    Each of `fixed_point` iterations is one more UNet call that moves this evaluation towards z̄_t itself; the way
+    back then retraces the way up more closely.
     """
     grid = model.schedule.steps(steps)
     original = load_image(image) if isinstance(image, (str, Path)) else image
@@ -70,7 +70,7 @@ def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, promp
     context = model.unet.keys_values(model.context([prompt]))
     chain = [model.encode(to_tensor(fitted))]
     watch = Watch(model, "inverting")
-    for stride in progress(grid[::-1], "inverting"):
+    for stride in shown(progress)(grid[::-1], "inverting"):
         z = chain[-1]
         for _ in range(1 + fixed_point):
             z = model.schedule.inverse_step(chain[-1], model.noise(z, stride.t, context, kernel), stride)
@@ -79,25 +79,26 @@ def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, promp
     return Reference(fitted, torch.cat(chain), prompt, original)
 
 
-def reconstruct(model: Model, ref: Reference, kernel: Attend = attend, progress: Progress = silent) -> Image.Image:
+def reconstruct(model: Model, ref: Reference, progress: Progress | bool = silent) -> Image.Image:
     """Plain DDIM from z̄_T back, without any control: the baseline x̃_0 of the paper's Fig. 1."""
     context, z = model.unet.keys_values(model.context([ref.prompt])), ref.chain[-1:]
     watch = Watch(model, "reconstructing")
-    for stride in progress(model.schedule.steps(ref.steps), "reconstructing"):
-        eps = model.noise(z, stride.t, context, kernel)
+    for stride in shown(progress)(model.schedule.steps(ref.steps), "reconstructing"):
+        eps = model.noise(z, stride.t, context)
         z = watch(model.schedule.step(z, eps, stride), stride.t)
     watch.done()
     return to_images(model.decode(z))[0]
 
 
+# ---- the replay ------------------------------------------------------------------------------------------------
+
 def replay(model: Model, ref: Reference, wanted: Callable[[int], bool] = lambda t: True, at_once: int = 5,
            kernel: Attend = attend, rows: int = 1, maps: bool = False) -> Iterator[ReferenceStep | None]:
     """What the reference looks like at each step, in sampling order; None at steps that are not wanted.
 
-    `at_once` steps go through the UNet as one batch with per-row time steps: 1 is a live reference row, `ref.steps`
-    a full cache; the result is the same. `list(replay(...))` keeps everything for several calls of `sample`.
-    `rows` is 1, or 2 for a reference of each guidance half: the first is prompted "", the second as it was inverted.
-    `maps` keeps queries, too.
+    `at_once` steps go through the UNet as one batch; their number does not change the result. `list(replay(...))`
+    keeps everything for several calls of `sample`. `rows` is 1, or 2 for a reference of each guidance half: the
+    first is prompted "", the second as it was inverted. `maps` keeps queries, too.
     """
     grid = model.schedule.steps(ref.steps)
     ahead = [i for i, stride in enumerate(grid) if wanted(stride.t)]
@@ -106,41 +107,44 @@ def replay(model: Model, ref: Reference, wanted: Callable[[int], bool] = lambda 
     for i in range(len(grid)):
         if i in ahead and i not in ready:
             chunk = [j for j in ahead if j >= i][:at_once]
-            numbered = [(j, grid[j]) for j in chunk]
-            ready = dict(zip(chunk, reference_steps(model, ref, numbered, rows, context, kernel, maps)))
+            ready = dict(zip(chunk, reference_steps(model, ref, chunk, rows, context, kernel, maps)))
         yield ready.pop(i, None)
 
 
-def reference_steps(model: Model, ref: Reference, chunk: list[tuple[int, Step]], rows: int, context: KV,
-                    kernel: Attend, maps: bool = False) -> Iterator[ReferenceStep]:
-    """The steps of `chunk`, (number, stride) each, in one pass of the UNet; `context` has `rows`, one a reference."""
-    z = torch.stack([ref.chain[ref.steps - i] for i, _ in chunk])                # step i starts at level T - i
-    t = torch.tensor([stride.t for _, stride in chunk], device=z.device)         # one time step per row
-    store, qk = dict[str, Any](), dict[str, Any]() if maps else None
-    eps = model.noise(z.repeat(rows, 1, 1, 1), t.repeat(rows), context, capture(store, kernel, qk))
-    for step in range(len(chunk)):
-        own = slice(step, None, len(chunk))
-        kv, kept = ({name: (a[own], b[own]) for name, (a, b) in each.items()} for each in (store, qk or {}))
-        yield ReferenceStep(kv, eps[own][-1:], kept)
+def reference_steps(model: Model, ref: Reference, numbers: list[int], rows: int, context: KV, kernel: Attend,
+                    maps: bool) -> Iterator[ReferenceStep]:
+    """The steps of these numbers, in one pass of the UNet; `context` has `rows` rows."""
+    grid = model.schedule.steps(ref.steps)
+    z = torch.stack([ref.chain[ref.steps - i] for i in numbers])           # step i starts at level T - i
+    t = torch.tensor([grid[i].t for i in numbers], device=z.device)        # each row has its own time step
+    kv: KV = {}
+    qk: KV = {}
+    attend = capture(kv, kernel, qk if maps else None)
+    eps = model.noise(z.repeat(rows, 1, 1, 1), t.repeat(rows), context, attend)
+    for i in range(len(numbers)):
+        own = slice(i, None, len(numbers))
+        yield ReferenceStep(rows_of(kv, own), eps[own][-1:], rows_of(qk, own))
 
 
 def replay_all(model: Model, refs: Sequence[Reference], methods: Sequence[Method], at_once: int, kernel: Attend,
                replayed: Iterable[ReferenceStep | None] | None = None) -> Iterator[ReferenceStep | None]:
-    """What `methods` want of each step; of several references, the tokens of all, and the first one's noise.
+    """What `methods` want of each step; of several references, the tokens of all and the first one's noise.
 
-    `replayed` is a kept replay of the one reference. Raises Problem where it ends too early.
+    `replayed` is a kept replay of the one reference. Raises Problem where that has another number of steps.
     """
-    T = model.schedule.config.train_steps
+    T, steps = model.schedule.config.train_steps, refs[0].steps
     wanted = lambda t: any(method.wants_reference(t, T) for method in methods)
     rows, maps = max(method.ref_rows for method in methods), any(method.ref_maps for method in methods)
-    kept = [replay(model, ref, wanted, at_once, kernel, rows, maps) for ref in refs] if replayed is None else [replayed]
-    n = 0 if not isinstance(replayed, Sequence) or len(replayed) == refs[0].steps else len(replayed)
-    for n, steps in enumerate([] if n else zip(*kept), 1):
-        if len(steps) == 1 or steps[0] is None:
-            yield steps[0]
-        else:
-            yield ReferenceStep(joined([step.kv for step in steps], dim=2), steps[0].eps, steps[0].qk)
-    raise Problem(f"replayed has {n} steps, the reference has {refs[0].steps}; replay this reference, once a call")
+    kept = [replayed]
+    if replayed is None:
+        kept = [replay(model, ref, wanted, at_once, kernel, rows, maps) for ref in refs]
+    n = len(replayed) if isinstance(replayed, Sequence) else 0
+    if n in (0, steps):
+        for n, (step, *others) in enumerate(zip(*kept), 1):
+            if others and step:
+                step = step._replace(kv=joined([step.kv, *(other.kv for other in others)], dim=2))
+            yield step
+    raise Problem(f"replayed has {n} steps, the reference has {steps}; replay this reference, once a call")
 
 
 # ---- where sampling starts -------------------------------------------------------------------------------------
@@ -153,8 +157,8 @@ def initial_latents(ref: Reference, method: Method, seeds: Sequence[int]) -> Ten
 
 
 def initial_latent(z_T: Tensor, method: Method, seed: int) -> Tensor:
-    """One seed's z_T, (1,4,h,w), from the reference's z̄_T. "gaussian" keeps only its moments by channel, as
-    the sixth equation of RIVAL's paper does."""
+    """One seed's z_T, (1,4,h,w), from the reference's z̄_T. "gaussian" keeps its moments in each channel, as the
+    sixth equation of RIVAL's paper does."""
     generator, z = torch.Generator().manual_seed(seed), z_T
     if method.init == "shuffle":  # one permutation of the cells for all channels keeps each cell's vector whole
         order = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device)

@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file
 
 import isadca
+from isadca.app.own_code import own_method
 from isadca.common.images import to_tensor
 from isadca.evaluation.metrics import ssim
-from isadca.methods import own_method
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "weights" / "demo"

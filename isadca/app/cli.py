@@ -55,7 +55,7 @@ def _unexpected(error: Exception) -> int:
     short = isinstance(error, RuntimeError) and re.search("(out of|enough|allocate) memory", str(error))
     if short or isinstance(error, MemoryError):
         return _fail("out of memory; try --rows-at-once 4, --replay-at-once 1, --dtype fp16 or a smaller --size")
-    from ..common.own_code import own_failure
+    from .own_code import own_failure
     if own := own_failure(error):
         print(own[0], file=sys.stderr, end="")
         return _fail(own[1])
@@ -87,7 +87,7 @@ def _read(argv: list[str]) -> argparse.Namespace:
 
 def _again(given: argparse.Namespace, vary: Parser, argv: list[str]) -> argparse.Namespace:
     """The recipe's arguments, read as if they had been typed before those that were given."""
-    from ..common.own_code import is_own
+    from .own_code import is_own
     from .recipe import read_recipe, recipe_flags
     check_inputs(given)
     source = Path(given.recipe)

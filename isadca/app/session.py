@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from ..common.files import sha256
 from ..common.images import fit, load_image
-from ..common.own_code import is_own
 from ..common.problem import Problem
 from ..loading.load import default_weights, find_tokenizer, load, pick_file
 from ..loop import Run, sample
-from ..methods import Method, method_named, own_method
+from ..methods import Method, method_named
 from ..reference import Reference, invert
 from . import recipe as recipes
 from .console import note
+from .own_code import is_own, own_method
 from .saved_reference import load_reference
 
 FITTED = {"crop": "its centre is used (or: --fit squash, --fit pad)", "squash": "it is distorted to a square",

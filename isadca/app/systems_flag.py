@@ -4,12 +4,12 @@ import re
 from dataclasses import fields, replace
 from typing import Any
 
-from ..common.own_code import is_own
 from ..common.problem import Problem
 from ..evaluation.system_values import system_of
 from ..evaluation.systems import System
-from ..methods import Method, own_method
+from ..methods import Method
 from .flags import parse_lam, parse_layers
+from .own_code import is_own, own_method
 
 KNOBS = {field.name: field for field in fields(Method) if "help" in field.metadata}
 PARSERS = {"lam": parse_lam, "layers": parse_layers, "ip_layers": parse_layers}

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .problem import Problem
@@ -24,42 +26,36 @@ def save_text(text: str, path: str | Path) -> None:
 
 def try_write(path: str | Path) -> None:
     """Raises the Problem that atomic_write would, before the work."""
-    Path(atomic_write(path).__enter__()).unlink()
+    with _problems_of(path):
+        os.unlink(_temporary(Path(path)))
 
 
-class atomic_write:
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[str]:
     """`with atomic_write(path) as temporary:` - `path` appears, complete, only if the block succeeds."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def __enter__(self) -> str:
+    with _problems_of(path):
+        temporary = _temporary(Path(path))
         try:
-            if self.path.exists() and not self.path.is_file():  # the rename would replace a device by a file
-                raise OSError(0, "is not a regular file")
-            handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        except OSError as error:
-            raise self._problem(error) from None
-        os.close(handle)
-        return self.temporary
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                os.chmod(self.temporary, 0o666 & ~_umask())  # mkstemp's and safetensors' 0600 is not what users expect
-                os.replace(self.temporary, self.path)
-        except OSError as failed:
-            raise self._problem(failed) from None
+            yield temporary
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)  # mkstemp's and safetensors' 0600 is not what users expect
+            os.replace(temporary, path)
         finally:
-            Path(self.temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise self._problem(error) from None
-
-    def _problem(self, error: OSError) -> Problem:
-        return Problem(f"{self.path}: cannot write there ({error.strerror or error}); choose another -o")
+            Path(temporary).unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _temporary(path: Path) -> str:
+    if path.exists() and not path.is_file():  # the rename would replace a device by a file
+        raise OSError(0, "is not a regular file")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    return temporary
+
+
+@contextmanager
+def _problems_of(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Problem(f"{path}: cannot write there ({error.strerror or error}); choose another -o") from None

@@ -59,27 +59,16 @@ def clip_encoder(config) -> nn.ModuleDict:
     return nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))})
 
 
-class TextTransformer(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(config.vocab_size, config.width),
-                                         "position_embedding": nn.Embedding(config.max_tokens, config.width)})
-        self.encoder = clip_encoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.width, eps=config.eps)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        positions = self.embeddings["position_embedding"].weight[: ids.shape[1]]
-        x = self.embeddings["token_embedding"](ids) + positions  # (B,L) -> (B,L,W)
-        for layer in self.encoder["layers"]:
-            x = layer(x, causal=True)
-        return self.final_layer_norm(x)
-
-
 class CLIPText(nn.Module):
     def __init__(self, config: CLIPTextConfig = CLIPTextConfig()):
         super().__init__()
         self.config = config
-        self.text_model = TextTransformer(config)
+        self.text_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({
+                "token_embedding": nn.Embedding(config.vocab_size, config.width),
+                "position_embedding": nn.Embedding(config.max_tokens, config.width)}),
+            "encoder": clip_encoder(config),
+            "final_layer_norm": nn.LayerNorm(config.width, eps=config.eps)})
         if config.projection_dim:
             self.text_projection = nn.Linear(config.width, config.projection_dim, bias=False)
 
@@ -88,7 +77,12 @@ class CLIPText(nn.Module):
 
         ids (B,L) -> (B,L,W). The padding is not masked: SD1.x was trained that way.
         """
-        return self.text_model(ids)
+        model, embeddings = self.text_model, self.text_model["embeddings"]
+        positions = embeddings["position_embedding"].weight[: ids.shape[1]]
+        x = embeddings["token_embedding"](ids) + positions  # (B,L) -> (B,L,W)
+        for layer in model["encoder"]["layers"]:
+            x = layer(x, causal=True)
+        return model["final_layer_norm"](x)
 
     def embed(self, ids: Tensor) -> Tensor:
         """CLIP's text embedding (B,P), not normalised: the state at the FIRST end-of-text token, projected.

@@ -45,11 +45,6 @@ class PerceiverAttention(nn.Module):
         return self.to_out(merge_heads(attend(q, k, v)))
 
 
-def perceiver_mlp(dim: int, hidden: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": nn.LayerNorm(dim), "1": nn.Linear(dim, hidden, bias=False),
-                          "3": nn.Linear(hidden, dim, bias=False)})
-
-
 class Resampler(nn.Module):
     """plus, plus-face. (R,L,W) -> (R,n,D). `shapes` are those of the file's `image_proj`."""
 
@@ -61,8 +56,11 @@ class Resampler(nn.Module):
         depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers."))
         self.latents = nn.Parameter(torch.zeros(1, tokens, dim))
         self.proj_in = nn.Linear(width, dim)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, inner), perceiver_mlp(dim, hidden)]) for _ in range(depth))
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            mlp = nn.ModuleDict({"0": nn.LayerNorm(dim), "1": nn.Linear(dim, hidden, bias=False),
+                                 "3": nn.Linear(hidden, dim, bias=False)})
+            self.layers.append(nn.ModuleList([PerceiverAttention(dim, inner), mlp]))
         self.proj_out = nn.Linear(dim, context_dim)
         self.norm_out = nn.LayerNorm(context_dim)
 

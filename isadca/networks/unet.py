@@ -139,8 +139,7 @@ class UNet(Descent):
         for i, (c_out, attends) in enumerate(zip(config.channels[::-1], config.attention[::-1])):
             c_ins = [c + skips.pop() for c in [c_in] + [c_out] * (n - 1)]
             up = i < len(config.channels) - 1
-            transformers = n if attends else 0
-            self.up_blocks.append(Block(f"up_blocks.{i}", c_ins, c_out, transformers, config, up=up))
+            self.up_blocks.append(Block(f"up_blocks.{i}", c_ins, c_out, n if attends else 0, config, up=up))
             c_in = c_out
 
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, c0, eps=EPS)

@@ -8,20 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-from .problem import Problem
+from ..common.problem import Problem
+from ..methods import Method
 
 MARK = "__isadca_own_code__"  # in the globals of a module that was loaded here
-
-
-class OwnCode(NamedTuple):
-    """What `NAME` is, and the sha256 of `FILE.py`, of the very bytes that ran."""
-
-    value: Any
-    sha256: str
 
 
 def is_own(text: str) -> bool:
@@ -29,8 +24,8 @@ def is_own(text: str) -> bool:
     return text.rpartition(":")[0].endswith(".py")
 
 
-def load_own(where: str, flag: str = "--method") -> OwnCode:
-    """FILE.py:NAME -> the object and its file's sha256. Raises Problem; `flag` is where the user wrote it."""
+def load_own(where: str, flag: str = "--method") -> tuple[Any, str]:
+    """FILE.py:NAME -> the object, and the sha256 of the very bytes that ran. Raises Problem; the user wrote `flag`."""
     file, _, name = where.rpartition(":")
     path = Path(file)
     if not is_own(where) or "\0" in file or not path.is_file():
@@ -50,7 +45,16 @@ def load_own(where: str, flag: str = "--method") -> OwnCode:
         near = [key for key, value in vars(module).items()
                 if not key.startswith("_") and getattr(value, "__module__", None) == module.__name__]
         raise Problem(f"{path}: has no {name!r}, expected one of its own names: {', '.join(near) or 'it has none'}")
-    return OwnCode(vars(module)[name], digest)
+    return vars(module)[name], digest
+
+
+def own_method(where: str, flag: str = "--method") -> tuple[Method, str]:
+    """FILE.py:NAME as a Method (a function Controls -> Attend becomes the `mix` of one), and the file's sha256."""
+    value, sha256 = load_own(where, flag)
+    method = value if isinstance(value, Method) else Method(where, mix=value, source="own code")
+    if not callable(method.mix) and method is not value:
+        raise Problem(f"{where}: is a {type(value).__name__}, expected a Method or a function Controls -> Attend")
+    return (replace(method, mix=checked(method.mix, where)) if callable(method.mix) else method), sha256
 
 
 @contextmanager
@@ -90,15 +94,12 @@ def _looked_at(attend: Callable, where: str) -> Callable:
         y = attend(q, k, v, site)
         expected = (*q.shape[:3], v.shape[3])
         if getattr(y, "shape", None) != expected:
-            raise Problem(f"{where}: gave {_shape(y)} at {site.name}, expected {expected}, the shape of q")
+            given = tuple(y.shape) if hasattr(y, "shape") else f"a {type(y).__name__}"
+            raise Problem(f"{where}: gave {given} at {site.name}, expected {expected}, the shape of q")
         if not y.isfinite().all():
             raise Problem(f"{where}: gave inf or NaN at {site.name}; look for a division or log of 0 in it")
         return y
     return attend_own
-
-
-def _shape(y) -> str:
-    return str(tuple(y.shape)) if hasattr(y, "shape") else f"a {type(y).__name__}"
 
 
 def own_failure(error: BaseException) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ from commandline import refused, vary
 from isadca import Method
 from isadca.app.cli import main
 from isadca.app.recipe import read_recipe
-from isadca.common.own_code import load_own, own_failure
+from isadca.app.own_code import load_own, own_failure
 from isadca.common.problem import Problem
 
 PLAIN = "def mine(controls):\n    return controls.kernel\n"
@@ -27,14 +27,14 @@ def test_its_folder_is_importable_and_nothing_of_it_stays(folder):
         (folder / name / "helpers.py").write_text(f"who = {name!r}\n")
         (folder / name / "mine.py").write_text("from helpers import who\n")
     before = list(sys.path)
-    assert [load_own(f"{folder}/{name}/mine.py:who").value for name in "ab"] == ["a", "b"]
+    assert [load_own(f"{folder}/{name}/mine.py:who")[0] for name in "ab"] == ["a", "b"]
     assert sys.path == before and "helpers" not in sys.modules
 
 
 def test_a_dataclass_in_it_works(folder):
     (folder / "mine.py").write_text("from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
                                     "class D:\n    x: int = 3\nmade = D()\n")
-    assert load_own(f"{folder}/mine.py:made").value.x == 3
+    assert load_own(f"{folder}/mine.py:made")[0].x == 3
 
 
 FILES = {  # the file, and what the line says
