@@ -11,6 +11,7 @@ from pathlib import Path
 from textwrap import fill
 
 from ..common.problem import Problem
+from ..loading.layouts import PREFIXES, Part
 from ..methods import PRESETS
 from .console import note
 
@@ -93,32 +94,34 @@ def _weights(path: Path) -> dict:
         parts.append({"path": str(part.path), "kind": part.kind, "layout": part.layout, "tensors": len(part.tensors),
                       "parameters": sum(map(prod, part.shapes.values())),
                       "dtypes": sorted({tensor.dtype for tensor in part.tensors.values()}),
-                      "bytes": sum(file.stat().st_size for file in part.files), "loads": _is_network(part)})
+                      "bytes": sum(file.stat().st_size for file in part.files),
+                      "loads": _is_network(part) or None})  # None: not checked
         if part.kind == "vision" and part.shapes["vision_model.pre_layrnorm.weight"] == (1024,) and not (
                 part.path.parent / "config.json").exists():
             note(f"{part.path}: taken for OpenAI's ViT-L/14; LAION's needs its config.json beside it")
     return {"what": "weights", "parts": parts}
 
 
-def _is_network(part) -> bool:
+def _is_network(part: Part) -> bool:
     from ..loading.load import NETWORKS
     return part.kind in (*NETWORKS, "ip_adapter")
 
 
-def parts_of(path: Path) -> list:
-    """The `Part`s that a file, a model's folder, or a folder of safetensors files holds. Raises Problem for the first
+def parts_of(path: Path) -> list[Part]:
+    """The parts that a file, a model's folder, or a folder of safetensors files holds. Raises Problem for the first
     that would not load; a model's folder includes its scheduler and vocabulary."""
     import torch
 
     from ..loading.checkpoints import check_names, shapes_of
     from ..loading.config_json import read_schedule
     from ..loading.load import FOLDERS, build, load_tokenizer, locate, read_parts
-    encoder = path / FOLDERS["vision"]
-    if (path / "unet").is_dir() and not (encoder.is_dir() and not (path / FOLDERS["text"]).is_dir()):
-        parts = [*read_parts(locate(path) | ({"vision": encoder} if encoder.is_dir() else {}), torch.float32).values()]
-    elif folders := {kind: path / name for kind, name in FOLDERS.items() if (path / name).is_dir()}:
-        # SD image-variations, whose UNet reads no text, or Kandinsky's prior
-        parts = [*read_parts(folders, torch.float32).values()]
+    folders = {kind: path / name for kind, name in FOLDERS.items() if (path / name).is_dir()}
+    is_model = "unet" in folders and ("text" in folders or "vision" not in folders)
+    if is_model:
+        encoder = {"vision": folders["vision"]} if "vision" in folders else {}
+        parts = list(read_parts(locate(path) | encoder, torch.float32).values())
+    elif folders:  # SD image-variations, whose UNet reads no text, or Kandinsky's prior
+        parts = list(read_parts(folders, torch.float32).values())
     elif path.is_dir():
         parts = [part for file in sorted(path.glob("*.safetensors")) for part in _of_file(file)]
         if not parts:
@@ -129,16 +132,15 @@ def parts_of(path: Path) -> list:
         if _is_network(part):
             network = build(part)
             check_names(shapes_of(network), part)
-            if part.kind == "text" and (path / "tokenizer").is_dir():
+            if part.kind == "text" and (is_model or (path / "tokenizer").is_dir()):
                 load_tokenizer(path, network.config)
-    if (path / "scheduler").is_dir() and (path / FOLDERS["unet"]).is_dir():
+    if is_model:
         read_schedule(path / "scheduler" / "scheduler_config.json")
     return parts
 
 
-def _of_file(path: Path) -> list:
+def _of_file(path: Path) -> list[Part]:
     from ..loading.checkpoints import read_header, recognise
-    from ..loading.layouts import PREFIXES, Part
     header = read_header(path)
     if not any(key.startswith(PREFIXES) for key in header.tensors):  # a whole model may hold a ControlNet, too
         for kind, layout, mark in OTHERS:

@@ -282,3 +282,11 @@ def test_inspect_reads_the_scheduler_and_the_vocabulary(tmp_path, monkeypatch, n
     (folder / name).write_text(content)
     told(lambda: inspect.parts_of(folder), folder / name if "scheduler" in name else f"{folder / name}, "
          f"{folder / 'tokenizer' / 'merges.txt'}", ";")
+
+
+def test_inspect_of_a_model_without_its_vocabulary(tmp_path):
+    """CLIP's own would be taken, which does not fit the demo: what load says, inspect says."""
+    folder = own(tmp_path / "model")
+    (folder / "tokenizer").unlink()
+    for read in (isadca.load, inspect.parts_of):
+        told(lambda: read(folder), DEMO.parent / "tokenizer", "a vocabulary of 49408 tokens")
