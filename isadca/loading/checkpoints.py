@@ -27,8 +27,10 @@ def read_header(path: str | Path) -> Header:
         if not path.is_file():
             raise FileNotFoundError
         with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            tensors = {key: Stored(key, path, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+            tensors = {}
+            for key in file.keys():
+                stored = file.get_slice(key)
+                tensors[key] = Stored(key, path, tuple(stored.get_shape()), stored.get_dtype())
             return Header(path, tensors, file.metadata() or {})
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         from .diagnose import unreadable
@@ -98,8 +100,9 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def check_names(expected: dict[str, tuple[int, ...]], part: Part) -> None:
     """Every name and shape must be the expected one, every dtype a float. Raises one Problem for all that are not."""
-    if expected.keys() != part.tensors.keys() or not all(
-            same_shape(stored.shape, expected[key]) and stored.dtype in FLOATS for key, stored in part.tensors.items()):
+    fits = expected.keys() == part.tensors.keys() and all(
+        same_shape(stored.shape, expected[key]) and stored.dtype in FLOATS for key, stored in part.tensors.items())
+    if not fits:
         from .diagnose import mismatch
         raise mismatch(expected, part)
 

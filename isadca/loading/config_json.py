@@ -10,7 +10,7 @@ from ..common.problem import Problem
 from ..ddim import Schedule, ScheduleConfig
 from ..networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig
 
-AGAIN = "copy the file again from the model's repository"
+AGAIN = "copy it again from the model's repository"
 PLAIN_ONE = "use a plain Stable Diffusion 1.x model"
 LONGEST, LARGEST = 2**24, 2**20  # bytes of a file, any size in it
 MOST = {"layers": 64, "layers_per_block": 16, "channels": 8}  # what is built before it is compared with the weights
@@ -50,8 +50,7 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise Problem(f"{path}: cannot be read ({error.strerror}); check the file") from None
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise Problem(f"{path}: not a readable config ({str(error)[:100]}); copy it again from the model's "
-                      "repository") from None
+        raise Problem(f"{path}: not a readable config ({str(error)[:100]}); {AGAIN}") from None
 
 
 def read_config(cls, path: str | Path):

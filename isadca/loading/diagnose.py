@@ -9,16 +9,16 @@ from ..common.problem import Problem
 from ..networks.ip_adapter import IPAdapter
 from .layouts import FLOATS, Header, Part, same_shape
 
+ONLY_SD1, BASE_MODEL = "isadca implements Stable Diffusion 1.x", "give the base model with --weights"
 # what people try that is not loadable: (a key that tells, what it is, what to do)
 STRANGERS = [
-    (r"^conditioner\.embedders\.|^add_embedding\.", "an SDXL model", "isadca implements Stable Diffusion 1.x"),
-    (r"^cond_stage_model\.model\.transformer\.resblocks\.", "an SD 2.x model",
-     "isadca implements Stable Diffusion 1.x"),
-    (r"^controlnet_|^input_hint_block\.", "a ControlNet", "give the base model with --weights"),
+    (r"^conditioner\.embedders\.|^add_embedding\.", "an SDXL model", ONLY_SD1),
+    (r"^cond_stage_model\.model\.transformer\.resblocks\.", "an SD 2.x model", ONLY_SD1),
+    (r"^controlnet_|^input_hint_block\.", "a ControlNet", BASE_MODEL),
 ]
 UNKNOWN = [  # the same, for files in which no network was recognised
     (r"^lora_|\.lora[._]|^(unet|text_encoder)\..*_lora\.", "a LoRA", "merge it into a checkpoint first"),
-    (r"^control_model\.", "a ControlNet", "give the base model with --weights"),
+    (r"^control_model\.", "a ControlNet", BASE_MODEL),
     (r"^adapter_modules\.|^image_proj_model\.", "an IP-Adapter training checkpoint",
      "convert it to the published layout: isadca convert FILE -o NAME.safetensors"),
     (r"^visual\.(conv1|transformer)\.", "a CLIP in OpenAI's or OpenCLIP's own layout",
@@ -106,15 +106,13 @@ def mismatch(expected: dict[str, tuple[int, ...]], part: Part) -> Problem:
             return Problem(f"{part.path}: {_with_origin(key, part)} is {stored.dtype}, expected {', '.join(FLOATS)}; "
                            "get the fp16 version")
     shapes = part.shapes
-    kinds = {"missing": sorted(expected.keys() - shapes.keys()), "unexpected": sorted(shapes.keys() - expected.keys()),
-             "misshapen": sorted(key for key in expected.keys() & shapes.keys()
-                                 if not same_shape(shapes[key], expected[key]))}
+    both = expected.keys() & shapes.keys()
+    misshapen = {key: f" is {list(shapes[key])}, expected {list(expected[key])}" for key in both
+                 if not same_shape(shapes[key], expected[key])}
     details = []
-    for word, keys in kinds.items():
-        named = [_with_origin(key, part) for key in keys[:3]]
-        if word == "misshapen":
-            named = [f"{name} is {list(shapes[key])}, expected {list(expected[key])}"
-                     for name, key in zip(named, keys)]
+    for word, keys in [("missing", expected.keys() - both), ("unexpected", shapes.keys() - both),
+                       ("misshapen", misshapen.keys())]:
+        named = [_with_origin(key, part) + misshapen.get(key, "") for key in sorted(keys)[:3]]
         if keys:
             details.append(f"{len(keys)} {word}: {', '.join(named)}{', ...' if len(keys) > 3 else ''}")
     return Problem(f"{part.path}: {part.kind} (layout: {part.layout}) does not fit: {'; '.join(details)}. "

@@ -49,7 +49,7 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
                  device=place, dtype=precision, files={kind: part.path for kind, part in parts.items()} | shards)
 
 
-# ---- locate ------------------------------------------------------------------------------------------------------
+# ---- locate and read headers -------------------------------------------------------------------------------------
 
 def find(name: str, *places: Path) -> Path | None:
     """`name`, which may be a pattern, in the first place that has it. Of several, the shortest: the plain variant."""
@@ -117,8 +117,6 @@ def pick_file(folder: Path, dtype: torch.dtype) -> Path:
     return min(files, key=lambda path: (not path.name.startswith(published),
                                         (".fp16." in path.name) != (dtype.itemsize == 2), len(path.name)))
 
-
-# ---- headers -----------------------------------------------------------------------------------------------------
 
 def read_parts(places: dict[str, Path], dtype: torch.dtype) -> dict[str, Part]:
     """The network of each kind from its file, or from its folder, which may have a file per precision."""

@@ -41,8 +41,7 @@ UNET_RULES = [
     (r"\.skip_connection\.", ".conv_shortcut."),
 ]
 VAE_RULES = [
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
     (r"\.mid\.attn_1\.(group_norm|to_[qkv]|to_out\.0)\.", r".mid_block.attentions.0.\1."),  # converted halfway
     (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
     (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),

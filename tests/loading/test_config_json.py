@@ -168,7 +168,7 @@ def test_config_that_is_not_utf8(tmp_path):
     (ScheduleConfig, {"set_alpha_to_one": 0}), (ScheduleConfig, {"num_train_timesteps": 0}),
     (ScheduleConfig, {"beta_start": -0.1}), (ScheduleConfig, {"steps_offset": 0.0})])
 def test_wrong_type_or_size(tmp_path, cls, change):
-    told(lambda: read(cls, tmp_path, SD15[cls] | change), tmp_path / "config.json", "copy the file again")
+    told(lambda: read(cls, tmp_path, SD15[cls] | change), tmp_path / "config.json", "copy it again")
 
 
 def test_steps_offset_zero_is_one_as_in_their_pipeline(tmp_path):
