@@ -1,6 +1,7 @@
 """Every method of this folder, the presets, and your own, on the demo's pairs: the table and the sheet of README.md.
 
-    python examples/methods/measure.py [FILE.py:NAME ...] [--pairs 20] [--steps 25] [--into examples/methods/README.md]
+    python examples/methods/measure.py [FILE.py:NAME ...] [--pairs 20] [--steps 25] [--only NAMES] [--sheet SHEET.png]
+    python examples/methods/measure.py --into examples/methods/README.md
 
 The judge (../train_demo/demo_judge.py, which shares nothing with the networks that it judges) says whether a variation
 shows the prompt's noun, and the reference R's colour, pattern and style. SSIM is to R. CPU seconds are of one picture.
@@ -35,15 +36,19 @@ HEAD = ("system", "prompt's noun", "R's colour", "R's pattern", "SSIM to R", "CP
 shared: dict = {}  # what each process has loaded
 
 
-def systems(own: list[str]) -> dict[str, isadca.Method]:
-    """Presets, then the folder's methods, then FILE.py:NAME, by name."""
+def systems(own: list[str], only: list[str] | None = None) -> dict[str, isadca.Method]:
+    """Presets, then the folder's methods, of these `only` some, then FILE.py:NAME, by name."""
     files = [path for path in sorted(HERE.glob("*.py")) if path.stem not in SCRIPTS]
     folder = [own_method(f"{path}:{path.stem.upper()}")[0] for path in files]
-    return ({name: isadca.PRESETS[name] for name in PRESETS} | {method.name: method for method in folder}
+    published = {name: isadca.PRESETS[name] for name in PRESETS} | {method.name: method for method in folder}
+    for name in only or ():
+        if name not in published:
+            raise isadca.Problem(f"--only has {name}, expected some of {', '.join(published)}")
+    return ({name: method for name, method in published.items() if only is None or name in only}
             | {where: own_method(where)[0] for where in own})
 
 
-def start(own: list[str], steps: int) -> None:
+def start(own: list[str], steps: int, only: list[str] | None = None) -> None:
     """Load everything, once a process."""
     from demo_judge import HEADS, Judge
     torch.set_num_threads(1)
@@ -51,7 +56,7 @@ def start(own: list[str], steps: int) -> None:
     judge = Judge()
     judge.load_state_dict(load_file(DEMO / "judge/model.safetensors"))
     shared.update(model=isadca.load(DEMO, device="cpu", dtype="fp32"), judge=judge.float().eval(), heads=HEADS,
-                  systems=systems(own), steps=steps)
+                  systems=systems(own, only), steps=steps)
 
 
 def verdict(picture) -> dict[str, str]:
@@ -122,20 +127,28 @@ def main() -> None:
     parser.add_argument("own", nargs="*", metavar="FILE.py:NAME", help="a Method, or a function Controls -> Attend")
     parser.add_argument("--pairs", type=int, default=20, help="the first so many (%(default)s)")
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--only", type=lambda names: names.split(","), help="some of the published: isadca,nag")
+    parser.add_argument("--sheet", type=Path, help="the pictures of the first pairs")
     parser.add_argument("--into", type=Path, help="a README: its table is replaced, and measured.png beside it")
     args = parser.parse_args()
+    try:
+        systems(args.own, args.only)  # refuses what is not there before the processes start
+    except isadca.Problem as problem:
+        parser.error(str(problem))
     with open(DEMO / "pairs/pairs.csv", encoding="utf-8") as file:
         pairs = [(row["reference"], row["prompt"]) for row in csv.DictReader(file)][:args.pairs]
     tasks = [list(group) for _, group in groupby(pairs, lambda pair: pair[0])]
     cores, began = os.cpu_count(), time.monotonic()
-    with ProcessPoolExecutor(cores, get_context("spawn"), start, (args.own, args.steps)) as pool:
+    with ProcessPoolExecutor(cores, get_context("spawn"), start, (args.own, args.steps, args.only)) as pool:
         found = sum(pool.map(measure, tasks), [])
     text = (f"{table(found)}\n\n*{len(pairs)} pairs, {args.steps} steps, {cores} cores, {datetime.date.today()}, "
             f"{(time.monotonic() - began) / 60:.0f} minutes.*")
     print(text)
     if args.into:
         put(text, args.into, "measured")
-        sheet(found).save(args.into.with_name("measured.png"), optimize=True)
+    if args.into or args.sheet:
+        where = args.sheet or args.into.with_name("measured.png")
+        sheet(found).quantize().save(where, optimize=True)  # a quarter of the size
 
 
 if __name__ == "__main__":

@@ -83,6 +83,12 @@ def test_the_gallery_s_table(monkeypatch):
     assert measure.table(found).count("\n") == 1 + len(names)
 
 
+def test_some_systems_may_be_asked_for():
+    assert list(measure.systems([], ["nag", "plain"])) == ["plain", "nag"]
+    with pytest.raises(isadca.Problem, match="--only has plan, expected some of plain, "):
+        measure.systems([], ["plan"])
+
+
 def test_a_page_s_table_is_replaced(tmp_path):
     page = tmp_path / "README.md"
     page.write_text("a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- y -->\nstays\n<!-- end -->\n")
