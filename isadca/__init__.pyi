@@ -15,6 +15,7 @@ from .common.masks import masked as masked
 from .common.sheets import contact_sheet as contact_sheet
 from .common.problem import Problem as Problem
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.systems import System as System
 from .app.record import record as record
 from .app.saved_reference import load_reference as load_reference, save_reference as save_reference
 

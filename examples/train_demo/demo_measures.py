@@ -5,6 +5,7 @@ seed where it draws pictures, a seed otherwise, and answers for each picture a l
 """
 
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,18 +21,19 @@ from torch import Tensor
 
 import isadca
 from isadca.attention import Attend, attend as plain_attend, dca
-from isadca.evaluation.controlnet import shuffle_content
-from isadca.evaluation.image_variations import squash_pixels
-from isadca.evaluation.load_others import load_controlnet, load_image_variations, load_prior
-from isadca.evaluation.prior import embed_prompt
-from isadca.networks.clip import CLIPText
-from isadca.loading.config_json import read_config
-from isadca.networks.sizes import CLIPTextConfig
-from isadca.ddim import step
 from isadca.common.images import clip_pixels, to_images, to_tensor
-from isadca.evaluation.metrics import psnr
-from isadca.evaluation.metrics import inception_map, load_metric, lpips, taps
+from isadca.ddim import step
+from isadca.evaluation.metrics import inception_map, load_metric, lpips, psnr, taps
+from isadca.loading.config_json import read_config
+from isadca.loading.prior import load_prior
 from isadca.loop import decode, guide
+from isadca.networks.clip import CLIPText
+from isadca.networks.prior import embed_prompt
+from isadca.networks.sizes import CLIPTextConfig
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "counterparts"))
+from controlnet_shuffle import load_controlnet, shuffle_content
+from image_variations import load_image_variations, squash_pixels
 
 Answers = list[list[bool]]
 Task = tuple[float, int]  # guidance, seed

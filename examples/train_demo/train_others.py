@@ -10,6 +10,7 @@ from Stable Diffusion's. The metrics' networks share nothing with the models tha
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import demo_world as world
@@ -22,11 +23,13 @@ from PIL import Image
 from torch import Tensor, nn
 from train_demo import Diffusion, image_embeds, main
 
-from isadca.evaluation.controlnet import ControlNet, shuffle_content
-from isadca.evaluation.prior import Prior, PriorConfig, alpha_bar, text_condition
-from isadca.networks.clip import CLIPText
 from isadca.common.images import save_png
+from isadca.networks.clip import CLIPText
+from isadca.networks.prior import Prior, PriorConfig, alpha_bar, text_condition
 from isadca.networks.unet import UNet
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "counterparts"))
+from controlnet_shuffle import ControlNet, shuffle_content
 
 PLANS = {"variations": Plan(700, 32, 4e-4), "controlnet": Plan(1150, 32, 1e-3), "prior": Plan(1500, 64, 1e-3),
          "metric_clip": Plan(700, 64, 1e-3), "alex": Plan(2500, 48, 2e-3), "vgg": Plan(1500, 48, 2e-3),

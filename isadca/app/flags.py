@@ -123,9 +123,9 @@ def _evaluate(commands) -> None:
     add("pairs", metavar="PAIRS", help="a folder with pairs.csv or pairs.json (reference, prompt), or DreamBooth's "
         "dataset folder")
     _out(groups, "RESULTS/")
-    add("--systems", help="comma-separated (all whose weights are there): rival, ip-adapter, image-variations, "
-        "controlnet-shuffle, isadca, isadca-0.5, isadca-attention, isadca-prior, the other names of isadca methods, "
-        "your own FILE.py:NAME; flags of vary go after a colon, such as isadca:lam=0.3 or rival:guidance=5:init=random")
+    add("--systems", help="comma-separated (all whose weights are there): rival, ip-adapter, isadca, "
+        "isadca-0.5, isadca-attention, isadca-prior, the other names of isadca methods, or FILE.py:NAME: your own, or "
+        "one of examples/counterparts; fields of a method go after a colon, such as isadca:lam=0.3:init=random")
     add("--metrics", help="comma-separated (all whose weights are there): lpips-alex, lpips-vgg, ssim, ssim-luma, "
         "sifid, clip-i, clip-t, clipscore")
     add("--seeds", default="0", help="comma-separated (%(default)s)")

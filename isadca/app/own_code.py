@@ -49,12 +49,17 @@ def load_own(where: str, flag: str = "--method") -> tuple[Any, str]:
 
 
 def own_method(where: str, flag: str = "--method") -> tuple[Method, str]:
-    """FILE.py:NAME as a Method (a function Controls -> Attend becomes the `mix` of one), and the file's sha256."""
+    """FILE.py:NAME as a Method, and the sha256 of its code."""
     value, sha256 = load_own(where, flag)
+    return as_method(value, where), sha256
+
+
+def as_method(value: Any, where: str) -> Method:
+    """A Method, or a function Controls -> Attend as the `mix` of one; what its attention gives is checked each time."""
     method = value if isinstance(value, Method) else Method(where, mix=value, source="own code")
     if not callable(method.mix) and method is not value:
         raise Problem(f"{where}: is a {type(value).__name__}, expected a Method or a function Controls -> Attend")
-    return (replace(method, mix=checked(method.mix, where)) if callable(method.mix) else method), sha256
+    return replace(method, mix=checked(method.mix, where)) if callable(method.mix) else method
 
 
 @contextmanager

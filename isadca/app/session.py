@@ -55,7 +55,7 @@ class Session:
         self.model = load(args.weights, args.ip_adapter, encoder, args.vae, args.device, args.dtype)
         files, self.prior = dict(self.model.files), None
         if prior:
-            from ..evaluation.load_others import load_prior
+            from ..loading.prior import load_prior
             self.prior = load_prior(prior, self.model.dtype, self.model.device)
             files["prior"] = pick_file(Path(prior, "prior"), self.model.dtype)
         weights = Path(args.weights or default_weights())
@@ -110,7 +110,7 @@ class Session:
         self.tell_missing(run.method for run in runs)
         embeds = None
         if self.prior:
-            from ..evaluation.prior import embed_prompt
+            from ..networks.prior import embed_prompt
             embeds = embed_prompt(*self.prior, self.args.prompt, seed=self.args.seed)
         args, ref = self.args, self.ref
         also = [self._invert(load_image(args.also, note), ref.steps, ref.image.width)] if args.also else []

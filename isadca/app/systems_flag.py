@@ -5,11 +5,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..common.problem import Problem
-from ..evaluation.system_values import system_of
-from ..evaluation.systems import System
+from ..evaluation.systems import System, system_of
 from ..methods import Method
 from .flags import parse_lam, parse_layers
-from .own_code import is_own, own_method
+from .own_code import as_method, is_own, load_own
 
 KNOBS = {field.name: field for field in fields(Method) if "help" in field.metadata}
 PARSERS = {"lam": parse_lam, "layers": parse_layers, "ip_layers": parse_layers}
@@ -22,17 +21,21 @@ def parse_systems(text: str) -> list[System]:
 
 def _parse(text: str) -> System:
     base, changes = re.fullmatch(r"(.*\.py:\w*|[^:]*)(?::(.*))?", text, re.DOTALL).groups()
-    if is_own(base):
-        method, digest = own_method(base, "--systems")
-        system = System(base, base, method, code=digest)
-    else:
-        system = system_of(base)
+    system = _own(base) if is_own(base) else system_of(base)
     if changes is None:
         return system
     if not isinstance(system.method, Method):
         raise Problem(f"--systems has {text!r}, but {base} is not a method of the loop and has no fields to change")
     values = dict(_field(change, text) for change in re.split(r":(?=[\w-]+=)", changes))
     return System(text, text, replace(system.method, **values), code=system.code)
+
+
+def _own(where: str) -> System:
+    """FILE.py:NAME, which is a System, a Method or a function Controls -> Attend."""
+    value, digest = load_own(where, "--systems")
+    if isinstance(value, System):
+        return replace(value, code=digest)
+    return System(where, where, as_method(value, where), code=digest)
 
 
 def _field(change: str, text: str) -> tuple[str, Any]:

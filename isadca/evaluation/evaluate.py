@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 from ..common.files import save_text, sha256
 from ..common.images import fit, load_image, save_png
@@ -25,8 +26,7 @@ from .results_csv import to_csv
 from .results_folder import Item, Numbers, check_apart, check_settings, code_sha256, file_name, text_sha256
 from .results_grids import FIG_4, grid
 from .results_table import about_run, overhead, to_markdown
-from .system_values import system_fingerprint, system_of
-from .systems import SYSTEMS, Draw, System, find_extra, lacks, make_draw
+from .systems import SYSTEMS, Draw, System, find_extra, lacks, make_draw, system_fingerprint, system_of
 
 CODE = ("*.py", "networks/*.py", "evaluation/[!r]*.py")  # what makes pictures and numbers: all but results_*
 
@@ -132,11 +132,22 @@ def _make(items: list[Item], draws: dict[System, Draw], judge: Judge, out: Path,
             began = time.perf_counter()
             variation = draws[item.system](original, item.pair.prompt, item.seed)
             numbers = {"seconds": time.perf_counter() - began}
+            check_drawn(variation, size, item.system)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(reference, path.with_name("reference.png"))
             save_png(variation, path)
         numbers |= judge(variation, reference, item.pair.prompt)
         save_text(json.dumps({"made_by": digest} | numbers) + "\n", path.with_suffix(".json"))
+
+
+def check_drawn(variation: object, size: int, system: System) -> None:
+    """Raises Problem for what a system of the user's own should not draw."""
+    found = type(variation).__name__
+    if isinstance(variation, Image.Image):
+        if variation.size == (size, size):
+            return
+        found = f"{variation.width}×{variation.height}"
+    raise Problem(f"{system.name}: drew {found}, expected a picture of {size}×{size}")
 
 
 def write_results(items: list[Item], metrics: tuple[str, ...], out: Path, about: str) -> Results:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO
+from controlnet_shuffle import ControlNet, load_controlnet
 from keyfiles import KEYS, listing
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,8 +20,6 @@ import isadca
 from isadca.app.cli import main
 from isadca.app.convert import convert
 from isadca.common.problem import Problem
-from isadca.evaluation.controlnet import ControlNet
-from isadca.evaluation.load_others import load_controlnet
 from isadca.evaluation.metrics import load_metric, trunk_keys
 from isadca.loading.checkpoints import recognise
 from isadca.networks.sizes import UNetConfig

@@ -44,7 +44,9 @@ prompt_list = [
 'a {0} {1} wearing a red hat'.format(unique_token, class_token)
 ]
 """
-FEW = ["--systems", "isadca-attention,ip-adapter,image-variations", "--metrics", "ssim,clip-i,clip-t", "--steps", "2"]
+COUNTERPARTS = ROOT / "examples" / "counterparts"
+FEW = ["--systems", f"isadca-attention,ip-adapter,{COUNTERPARTS}/image_variations.py:SYSTEM",
+       "--metrics", "ssim,clip-i,clip-t", "--steps", "2"]
 
 
 @pytest.fixture
@@ -158,7 +160,8 @@ def test_the_other_systems_weights_belong_to_the_experiment(pairs, tmp_path, cap
         (weights / item.name).symlink_to(item)
     (weights / "controlnet-shuffle").unlink()
     shutil.copytree(DEMO / "controlnet-shuffle", weights / "controlnet-shuffle")
-    args = [pairs, "-o", tmp_path / "results", "--weights", weights, "--systems", "controlnet-shuffle",
+    args = [pairs, "-o", tmp_path / "results", "--weights", weights, "--systems",
+            f"{COUNTERPARTS}/controlnet_shuffle.py:SYSTEM",
             "--metrics", "ssim", "--steps", "1"]
     run(*args)
     file = weights / "controlnet-shuffle" / "diffusion_pytorch_model.safetensors"
@@ -230,4 +233,4 @@ def test_the_demos_pairs_name_nouns_of_the_demo_world():
     found = read_pairs(DEMO / "pairs")
     assert len(found) == 20 and len({pair.reference for pair in found}) == 10
     assert all(Image.open(pair.reference).size == (64, 64) for pair in found)
-    assert len(SYSTEMS) == 8
+    assert len(SYSTEMS) == 6

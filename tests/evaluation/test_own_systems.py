@@ -12,8 +12,7 @@ from isadca.app import cli
 from isadca.app.systems_flag import parse_systems
 from isadca.common.problem import Problem
 from isadca.evaluation import results_folder
-from isadca.evaluation.system_values import system_fingerprint, system_of
-from isadca.evaluation.systems import SYSTEMS
+from isadca.evaluation.systems import SYSTEMS, System, system_fingerprint, system_of
 from isadca.methods import ISADCA, Linear, Method
 
 IDEA = """from isadca import attend
@@ -25,6 +24,18 @@ def idea(controls):
 
 SCALE = 1.0
 faint = "no method"
+"""
+
+
+WHOLE = """from dataclasses import replace
+from isadca import PRESETS, System
+
+def prepare(folder, model, weights, steps):
+    return lambda reference, prompt, seed: reference.resize((model.size + GROWN,) * 2)
+
+GROWN = 0
+COPY = System("copy", "The reference itself", prepare, paper=(0.0, 1.0, 0.0, 1.0))
+PLAIN = System("text", "Text alone", PRESETS["plain"])
 """
 
 
@@ -64,7 +75,7 @@ def test_fields_after_a_colon():
     ("isadca:", "isadca:', expected NAME:FIELD=VALUE"), ("isadca:lamb=1", "FIELD=VALUE, the fields being lam, mix"),
     ("isadca:lam", "lam is ''"), ("isadca:lam=2", "lam is 2, expected 0 to 1"), ("isadca:k=x", "expected such as k=0"),
     ("isadca:layers=a-b", "expected such as layers="), ("dalle:lam=1", "system is 'dalle'"), ("", "system is ''"),
-    ("image-variations:lam=1", "image-variations is not a method of the loop"), ("isadca:name=x", "the fields being"),
+    ("isadca-prior:lam=1", "isadca-prior is not a method of the loop"), ("isadca:name=x", "the fields being"),
     ("none.py:idea", "--systems is 'none.py:idea', expected FILE.py:NAME"), ("isadca:lam=0.3:1", "lam is '0.3:1'")])
 def test_bad_texts_are_named(text, message):
     with pytest.raises(Problem, match="(?s)" + message.replace("(", r"\(")):
@@ -85,6 +96,8 @@ def test_values_from_python():
     assert system_of("masactrl").method.guidance == 7
     assert system_of(Method(lam=0.3, k=20)).name == "isadca:lam=0.3:k=20"
     assert system_of(Method("mine", lam=0.3)).name == "mine"
+    copy = System("copy", "Copy", mine)
+    assert system_of(copy) is copy
     assert system_of(mine).name == "mine" and system_of(mine).method.mix is mine
     for value in (3, None, "dalle"):
         with pytest.raises(Problem, match="system is"):
@@ -114,6 +127,17 @@ def test_the_packages_code_counts_but_not_its_comments(tmp_path, monkeypatch):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_a_file_that_holds_a_system(pairs, tmp_path):
+    """It keeps its own name and label; where it is a method of the loop, fields may be changed."""
+    (tmp_path / "mine.py").write_text(WHOLE)
+    copy, text, changed = parse_systems("mine.py:COPY,mine.py:PLAIN,mine.py:PLAIN:guidance=2")
+    assert (copy.name, copy.label, len(copy.code)) == ("copy", "The reference itself", 64)
+    assert (text.name, text.method) == ("text", isadca.PRESETS["plain"])
+    assert changed.name == "mine.py:PLAIN:guidance=2" and changed.method.guidance == 2
+    with pytest.raises(Problem, match="mine.py:COPY is not a method of the loop"):
+        parse_systems("mine.py:COPY:lam=1")
+
+
 # ---- whole runs ----------------------------------------------------------------------------------------------------
 
 def test_a_changed_idea_is_made_again_and_an_unchanged_one_is_not(pairs, tmp_path, capsys):
@@ -130,6 +154,29 @@ def test_a_changed_idea_is_made_again_and_an_unchanged_one_is_not(pairs, tmp_pat
     assert before["mine.py_idea-0.png"][1] != after["mine.py_idea-0.png"][1]
     assert "1 of 3 variations were made by other code" in capsys.readouterr().err
     assert run("mine.py:faint") == 2 and "expected a Method or a function" in capsys.readouterr().err
+
+
+def test_a_changed_system_is_made_again(pairs, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(WHOLE)
+    assert run("rival,mine.py:COPY") == 0
+    table = (tmp_path / "results" / "table.md").read_text()
+    assert "| The reference itself | **1.000** |" in table and "| 0.0000 | 1.0000 | 0.0000 | 1.0000 |" in table
+    before = made(tmp_path / "results")
+    (tmp_path / "mine.py").write_text(WHOLE + "# edited\n")
+    assert run("rival,mine.py:COPY") == 0
+    after = made(tmp_path / "results")
+    assert {name for name in before if before[name][0] != after[name][0]} == {"copy-0.png"}
+
+
+@pytest.mark.parametrize("change, message", [
+    (("GROWN = 0", "GROWN = 1"), "copy: drew 65×65, expected a picture of 64×64"),
+    (("reference.resize((model.size + GROWN,) * 2)", "None"), "copy: drew NoneType, expected a picture of 64×64"),
+    (("return lambda", "lambda"), "copy: its function returned NoneType, expected a function (reference,")])
+def test_what_a_system_draws_is_looked_at(pairs, tmp_path, capsys, change, message):
+    (tmp_path / "mine.py").write_text(WHOLE.replace(*change))
+    assert run("mine.py:COPY") == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("results/pictures/*/copy*"))
 
 
 def test_other_code_of_the_package_makes_again(pairs, tmp_path, monkeypatch):

@@ -10,12 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_model
+from controlnet_shuffle import ControlNet, restyle
+from image_variations import vary_image
 from PIL import Image
 
 import isadca
 from isadca import loop, reference
-from isadca.evaluation import controlnet, image_variations, prior
 from isadca.loading.load import vae_dtype
+from isadca.networks import prior
 from isadca.networks.clip import CLIPText
 from isadca.networks.model import Model, Watch
 from isadca.networks.sizes import CLIPTextConfig
@@ -86,8 +88,8 @@ def test_masks_more_references_and_the_way_back_stay_there(waits, dtype):
 @DTYPES
 def test_controlnet_stays_there(waits, dtype):
     model = there(dtype)
-    net = controlnet.ControlNet(model.unet.config, (4, 6)).to("meta", dtype).requires_grad_(False)
-    controlnet.restyle(model, net, PICTURE, "a lemon", steps=3)
+    net = ControlNet(model.unet.config, (4, 6)).to("meta", dtype).requires_grad_(False)
+    restyle(model, net, PICTURE, "a lemon", steps=3)
     assert waits[-2:] == ["decoding", "picture"]
 
 
@@ -96,7 +98,7 @@ def test_image_variations_stay_there(waits, dtype):
     model = there(dtype)
     config = replace(model.vision.config, projection_dim=model.unet.config.context_dim)
     vision = type(model.vision)(config).to("meta", dtype).requires_grad_(False)
-    assert len(image_variations.vary_image(replace(model, vision=vision), PICTURE, steps=3, seeds=(0, 1))) == 2
+    assert len(vary_image(replace(model, vision=vision), PICTURE, steps=3, seeds=(0, 1))) == 2
 
 
 @DTYPES

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..networks.clip import CLIPText
-from ..networks.layers import Attention, FeedForward, TimestepEmbedding, timestep_embedding
-from ..networks.tokenizer import Tokenizer
+from .clip import CLIPText
+from .layers import Attention, FeedForward, TimestepEmbedding, timestep_embedding
+from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

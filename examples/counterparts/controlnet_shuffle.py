@@ -1,10 +1,16 @@
-"""ControlNet: a copy of the UNet's way down that reads a hint picture and corrects the UNet's skips.
+"""ControlNet 1.1 Shuffle, as the paper compares with it: text to image in the style of a picture.
 
-Attribute names are diffusers' checkpoint keys. The paper's comparison uses ControlNet 1.1 Shuffle, whose hint is the
-reference with its content shuffled and whose residuals are averaged over the grid: it transfers style, not layout.
+    isadca evaluate weights/demo/pairs -o results --systems isadca,examples/counterparts/controlnet_shuffle.py:SYSTEM
 
-References: ControlNet, arXiv 2302.05543; lllyasviel/ControlNet-v1-1. Shapes: as in unet.py; a hint is (B,3,H,W).
+A ControlNet is a copy of the UNet's way down that reads a hint picture and corrects the UNet's skips. Shuffle's hint is
+the reference with its content shuffled, and its residuals are averaged over the grid, so that style comes through and
+layout does not.
+
+References: ControlNet, arXiv 2302.05543; lllyasviel/ControlNet-v1-1. Attribute names are diffusers' checkpoint keys.
+Shapes: as in networks/unet.py; a hint is (B,3,H,W).
 """
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,14 +18,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attention import KV, Attend, attend as plain_attend
-from ..common.images import fit, to_tensor
-from ..ddim import draw_noise
-from ..loop import decode, guide
-from ..networks.model import Model
-from ..networks.sizes import UNetConfig
-from ..networks.unet import Descent, Inputs
+from isadca import Model, Problem, attend as plain_attend, decode
+from isadca.attention import KV, Attend
+from isadca.common.images import fit, to_tensor
+from isadca.ddim import draw_noise
+from isadca.evaluation.systems import Draw, System
+from isadca.loading.checkpoints import load_into, read_header, take, without_values
+from isadca.loading.layouts import Layout
+from isadca.loading.load import pick_file
+from isadca.loading.original import UNET_RULES
+from isadca.loop import guide
+from isadca.networks.sizes import UNetConfig
+from isadca.networks.unet import Descent, Inputs
 
+
+# ---- the network ------------------------------------------------------------------------------------------------
 
 class HintEncoder(nn.Module):
     """Pixels in [0,1] to the UNet's first activation, halving the grid at every other convolution."""
@@ -61,6 +74,43 @@ class ControlNet(Descent):
         return [r.mean((2, 3), keepdim=True) for r in residuals] if pooled else residuals
 
 
+# ---- its published files ----------------------------------------------------------------------------------------
+
+LDM_RULES = [
+    (r"^input_hint_block\.0\.", "controlnet_cond_embedding.conv_in."),
+    (r"^input_hint_block\.14\.", "controlnet_cond_embedding.conv_out."),
+    (r"^input_hint_block\.(\d+)\.", lambda m: f"controlnet_cond_embedding.blocks.{int(m[1]) // 2 - 1}."),
+    (r"^zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),
+    (r"^middle_block_out\.0\.", "controlnet_mid_block."),
+    *UNET_RULES]
+LAYOUTS = [  # LDM's files are published with and without a prefix
+    Layout("controlnet", "LDM", "control_model.input_hint_block.0.weight", "control_model.", LDM_RULES),
+    Layout("controlnet", "LDM", "input_hint_block.0.weight", "", LDM_RULES),
+    Layout("controlnet", "diffusers", "controlnet_cond_embedding.conv_in.weight")]
+
+
+def load_controlnet(path: str | Path, config: UNetConfig = UNetConfig(), dtype: torch.dtype = torch.float32,
+                    device: torch.device | str = "cpu") -> ControlNet:
+    """A ControlNet file or folder, in diffusers' layout or LDM's. `config` is that of the UNet it belongs to, whose
+    way down it copies. Raises Problem for other files and other UNets."""
+    path = Path(path)
+    path = pick_file(path, dtype) if path.is_dir() else path
+    header = read_header(path)
+    layout = next((layout for layout in LAYOUTS if layout.mark in header.tensors), None)
+    if layout is None:
+        raise Problem(f"{path}: is not a ControlNet, it has no controlnet_cond_embedding or input_hint_block; "
+                      "the paper's comparison uses control_v11e_sd15_shuffle")
+    part = take(layout, header)
+    widening = ["conv_in", *(f"blocks.{i}" for i in range(1, len(part.shapes), 2))]  # every other block widens
+    keys = [f"controlnet_cond_embedding.{name}.weight" for name in widening]
+    channels = tuple(part.shapes[key][0] for key in keys if key in part.shapes)
+    with without_values():
+        net = ControlNet(config, channels)
+    return load_into(net, part, dtype, device)
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+
 def restyle(model: Model, controlnet: ControlNet, image: Image.Image, prompt: str, steps: int = 50,
             guidance: float = 7.0, seed: int = 0) -> Image.Image:
     """Text to image in the style of a picture, by DDIM: ControlNet Shuffle as its authors run it, with the hint
@@ -83,6 +133,8 @@ def on_text_half(residuals: list[Tensor]) -> list[Tensor]:
     """Residuals for the guidance halves [unconditional, text]: none for the first, as the Shuffle model wants it."""
     return [torch.cat([torch.zeros_like(r), r]) for r in residuals]
 
+
+# ---- the shuffled hint ------------------------------------------------------------------------------------------
 
 def shuffle_content(image: Image.Image, seed: int, cell: int = 256) -> Image.Image:
     """A picture with its parts moved about along smooth random fields: the Shuffle model's preprocessor, and for a
@@ -124,3 +176,14 @@ def enlarging(n: int, wanted: int) -> np.ndarray:
         weight = np.where(d <= 1, (1.25 * d - 2.25) * d**2 + 1, ((-0.75 * d + 3.75) * d - 6) * d + 3)
         np.add.at(matrix, (np.arange(wanted), near.clip(0, n - 1)), weight)
     return matrix
+
+
+# ---- the system -------------------------------------------------------------------------------------------------
+
+def prepare(folder: Path, model: Model, weights: Path, steps: int) -> Draw:
+    controlnet = load_controlnet(folder, model.unet.config, model.dtype, model.device)
+    return lambda image, prompt, seed: restyle(model, controlnet, image, prompt, steps, seed=seed)
+
+
+SYSTEM = System("controlnet-shuffle", "ControlNet Shuffle", prepare, needs="controlnet-shuffle",
+                paper=(0.5410, 0.5458, 0.0307, 0.8029))
