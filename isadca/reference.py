@@ -56,9 +56,9 @@ class ReferenceStep(NamedTuple):
 
 
 def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, prompt: str = "",
-           size: int | None = None, kernel: Attend = attend, progress: Progress | bool = silent,
+           size: int | tuple[int, int] | None = None, kernel: Attend = attend, progress: Progress | bool = silent,
            fit_by: str = "crop", fixed_point: int = 0) -> Reference:
-    """DDIM inversion of a picture, without guidance. It is fitted to the model's size as images.fit does.
+    """DDIM inversion, without guidance, of a picture that images.fit brings to `size`: a side, or (width, height).
 
     RIVAL's convention: the stride from t-20 up to t evaluates the UNet on z̄ at level t-20 with the label t.
     Each of `fixed_point` iterations is one more UNet call that moves this evaluation towards z̄_t itself; the way

@@ -116,7 +116,7 @@ def restyle(model: Model, controlnet: ControlNet, image: Image.Image, prompt: st
     """Text to image in the style of a picture, by DDIM: ControlNet Shuffle as its authors run it, with the hint
     shuffled, the residuals pooled, and nothing on the unconditional half."""
     device, side, latent = model.device, model.size, model.unet.config.sample_size
-    hint = (to_tensor(shuffle_content(fit(image, side), seed, cell=side // 2)) + 1) / 2
+    hint = (to_tensor(shuffle_content(fit(image, (side, side)), seed, cell=side // 2)) + 1) / 2
     hint, context = hint.to(device, model.dtype), model.context(["", prompt])
     kv, own_kv = model.unet.keys_values(context), controlnet.keys_values(context[1:])
     z = torch.empty(1, 4, latent, latent, device=device, dtype=model.latent_dtype)

@@ -77,8 +77,8 @@ def _read(argv: list[str]) -> argparse.Namespace:
         args = commands[argv[0]].parse_intermixed_args(argv[1:])
     if args.command == "vary":
         args = _again(args, commands["vary"], argv) if args.recipe else args
-        if len(args.words) < 2:
-            raise Problem("vary needs REF and PROMPT, or --recipe; see isadca vary --help")
+        if len(args.words) < 2 or args.out is None:
+            raise Problem("vary needs REF and PROMPT, or --recipe, and -o OUT; see isadca vary --help")
         *args.refs, args.prompt = args.words
         del args.words
     check_inputs(args)

@@ -3,6 +3,7 @@ the path."""
 
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -19,49 +20,47 @@ from .flags import parse_lam
 from .paths import writable
 from .recipe import read_recipe
 from .saved_reference import save_reference
-from .session import Picture, Session, method_of, opened, seeds_of
+from .session import Picture, Session, method_of
 
 
 def vary(args: Namespace) -> None:
-    seeds = seeds_of(args)
+    """One load of the model for all pictures. In a folder one that fails is named, and the others go on."""
     lam = None if args.lam is None else parse_lam(args.lam)
     if args.log:
         writable(args.log, args.log.suffix.lower(), args, "--log")
     several = len(args.refs) > 1 or Path(args.refs[0]).is_dir()
     if args.out.is_dir() or several and not args.out.suffix:
-        return _vary_all(args, _in_folders(args.refs), method_of(args, lam), seeds)
-    [ref] = _one(args.refs, args.out)
-    outs = _numbered(args, args.out, seeds)
-    method, picture = method_of(args, lam), Picture(ref, args.fit)
-    _vary(Session(args), picture, method, dict(zip(seeds, outs)))
+        return _vary_all(args, method_of(args, lam), _in_folder(args))
+    if several:
+        raise Problem(f"{args.out}: is one file, but REF is {', '.join(args.refs)}; give one REF and a PROMPT in "
+                      "quotes, or a folder with -o")
+    outs, method, picture = _numbered(args, args.out), method_of(args, lam), Picture(args.refs[0])
+    _vary(Session(args, [method]), picture, method, outs)
 
 
-def _vary_all(args: Namespace, refs: list[str], method: Method, seeds: tuple[int, ...]) -> None:
-    """One load of the model and one bar for all; a reference that fails is named, and the others go on."""
+def _vary_all(args: Namespace, method: Method, jobs: dict[str, Path]) -> None:
     if args.grid:
         raise Problem("--grid is of one reference; leave it out for a folder")
-    failed, session = 0, Session(args)
+    session, failed = Session(args, [method]), 0
     args.out.mkdir(exist_ok=True)
-    bar, args.quiet = session.progress(refs, "pictures"), True
-    for ref in bar:
+    bar, args.quiet = session.progress(list(jobs.items()), "references"), True
+    for ref, out in bar:
         try:
-            outs = _numbered(args, args.out / f"{Path(ref).stem}.png", seeds)
-            _vary(session, Picture(ref, args.fit), method, dict(zip(seeds, outs)), folder=True)
+            _vary(session, Picture(ref), method, _numbered(args, out), folder=True)
         except Problem as problem:
             say(str(problem))
             failed += 1
     if failed:
-        raise Problem(f"{failed} of {len(refs)} references failed, named above; mend them and run it again, what is "
+        raise Problem(f"{failed} of {len(jobs)} references failed, named above; mend them and run it again, what is "
                       "made is kept")
 
 
 def _vary(session: Session, picture: Picture, method: Method, outs: dict[int, Path], folder: bool = False) -> None:
-    """The pictures of one reference, one per seed. In a folder, what is already there is kept."""
+    """The pictures of one reference and prompt, one per seed. In a folder, what is already there is kept."""
     args, began = session.args, perf_counter()
-    session.picture, args.ref = picture, str(picture.path)
 
     def recipe(seed: int) -> dict:
-        return session.recipe(n=1, seed=seed, diversity=method.diversity) | {"batch": len(outs)}
+        return session.recipe(picture, n=1, seed=seed, diversity=method.diversity) | {"batch": len(outs)}
     if folder:
         outs = {seed: path for seed, path in outs.items() if not _there(path, recipe(seed), args.overwrite)}
     if not outs:
@@ -71,35 +70,29 @@ def _vary(session: Session, picture: Picture, method: Method, outs: dict[int, Pa
     pictures = decode(session.model, session.sample(runs)[0])
     for (seed, path), image in zip(outs.items(), pictures):
         save_png(image, path, recipe(seed))
-        log(args.log, picture=str(path), reference=args.ref, prompt=args.prompt, seed=seed,
+        log(args.log, picture=str(path), reference=str(picture.path), prompt=args.prompt, seed=seed,
             seconds=round(perf_counter() - began, 3))
         print(path)
     if args.grid:
         columns = ["reference", *(f"seed {seed}" for seed in outs)]
-        save_png(contact_sheet([[session.ref.image, *pictures]], columns, [args.prompt]), args.grid, session.recipe())
+        sheet = contact_sheet([[session.ref.image, *pictures]], columns, [args.prompt])
+        save_png(sheet, args.grid, session.recipe(picture))
         print(args.grid)
 
 
-def _one(refs: list[str], out: Path) -> list[str]:
-    """The reference, if there is only one."""
-    if len(refs) == 1 and not Path(refs[0]).is_dir():
-        return refs
-    raise Problem(f"{out}: is one file, but REF is {', '.join(refs)}; give one REF and a PROMPT in quotes, or a folder "
-                  "with -o")
-
-
-def _in_folders(refs: list[str]) -> list[str]:
-    """Every picture among the references, including those inside folders."""
+def _in_folder(args: Namespace) -> dict[str, Path]:
+    """The output of every picture among the references or inside them."""
     kinds = {f".{kind.lower()}" for kind in FORMATS} | {".jpg", ".tif", ".safetensors"}
-    found = [[str(path) for path in sorted(Path(ref).iterdir()) if path.suffix.lower() in kinds]
-             if Path(ref).is_dir() else [ref] for ref in refs]
-    if [] in found:
-        raise Problem(f"{refs[found.index([])]}: no pictures in it, expected {', '.join(FORMATS)}")
-    stems = [Path(path).stem for path in sum(found, [])]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
-    if twice:
-        raise Problem(f"two references are called {twice}, and so would be their pictures; rename one")
-    return sum(found, [])
+    refs: list[Path] = []
+    for place in map(Path, args.refs):
+        found = [p for p in sorted(place.iterdir()) if p.suffix.lower() in kinds] if place.is_dir() else [place]
+        if not found:
+            raise Problem(f"{place}: no pictures in it, expected {', '.join(FORMATS)}")
+        refs += found
+    stems = [ref.stem for ref in refs]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise Problem(f"two references are called {twice[0]}, and so would be their pictures; rename one")
+    return {str(ref): args.out / f"{ref.stem}.png" for ref in refs}
 
 
 def _there(path: Path, recipe: dict, overwrite: bool) -> bool:
@@ -116,32 +109,38 @@ def _there(path: Path, recipe: dict, overwrite: bool) -> bool:
     return same or not overwrite
 
 
-def _numbered(args: Namespace, out: Path, seeds: tuple[int, ...]) -> list[Path]:
-    """The files that will be written, checked before the work, and so is the sheet of --grid."""
-    outs = [out] if len(seeds) == 1 else [out.with_stem(f"{out.stem}-{seed}") for seed in seeds]
-    for path in outs:
-        writable(path, ".png", args)
-    if args.grid and writable(args.grid, ".png", args, "--grid") in [out, *outs]:
+def _numbered(args: Namespace, out: Path) -> dict[int, Path]:
+    """The file of each seed, checked before the work, and so is the sheet of --grid."""
+    seeds = range(args.seed, args.seed + args.n)
+    outs = {seed: writable(out if args.n == 1 else out.with_stem(f"{out.stem}-{seed}"), ".png", args) for seed in seeds}
+    if args.grid and writable(args.grid, ".png", args, "--grid") in [out, *outs.values()]:
         raise Problem(f"--grid and -o are both {args.grid}; choose another --grid")
     return outs
 
 
+def _opened(args: Namespace, methods: Sequence[Method] = (), steps: int = 50) -> Session:
+    """For the commands of one reference: it is read before the model, so that a bad one is named at once."""
+    picture = Picture(args.ref)
+    session = Session(args, methods)
+    session.open(picture, steps)
+    return session
+
+
 def sweep(args: Namespace) -> None:
     """All λ, prompts and seeds as runs side by side: the reference is inverted once and replayed once."""
-    out = writable(args.out, ".png", args)
-    lams = [parse_lam(text) for text in args.lam.split(",")]
-    seeds, method = seeds_of(args), method_of(args)
-    session = opened(args)
+    out, method = writable(args.out, ".png", args), method_of(args)
+    methods = [replace(method, lam=parse_lam(text)) for text in args.lam.split(",")]
+    seeds = tuple(range(args.seed, args.seed + args.n))
+    session = _opened(args, methods)
     negative = session.prompt(args.negative)
-    runs = [Run(session.prompt(prompt), replace(method, lam=lam), seeds, negative)
-            for prompt in args.prompts for lam in lams]
+    runs = [Run(session.prompt(prompt), each, seeds, negative) for prompt in args.prompts for each in methods]
     pictures = [decode(session.model, z) for z in session.sample(runs)]
     left = [session.ref.image, without_control(session.model, session.ref, progress=session.progress)]
-    by_prompt = [pictures[i: i + len(lams)] for i in range(0, len(pictures), len(lams))]
+    by_prompt = [pictures[i: i + len(methods)] for i in range(0, len(pictures), len(methods))]
     rows = [left + [column[j] for column in block] for block in by_prompt for j in range(len(seeds))]
     labels = [prompt + (f", seed {seed}" if len(seeds) > 1 else "") for prompt in args.prompts for seed in seeds]
     columns = ["reference", "reconstruction", *(f"lambda {text}" for text in args.lam.split(","))]
-    save_png(contact_sheet(rows, columns, labels), out, session.recipe())
+    save_png(contact_sheet(rows, columns, labels), out, session.recipe(session.picture))
     print(out)
 
 
@@ -149,8 +148,7 @@ def explore(args: Namespace) -> None:
     from .explore import look_inside, method_at, page
     out = writable(args.out, ".html", args)
     method = method_at(args.lam)
-    session = opened(args, steps=20)
-    session.tell_missing([method])
+    session = _opened(args, [method], steps=20)
     data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.progress)
     save_text(page(data), out)
     print(out)
@@ -159,16 +157,16 @@ def explore(args: Namespace) -> None:
 def reconstruct(args: Namespace) -> None:
     from ..evaluation.metrics import psnr
     out = writable(args.out, ".png", args)
-    session = opened(args)
+    session = _opened(args)
     image = without_control(session.model, session.ref, progress=session.progress)
-    save_png(image, out, session.recipe())
+    save_png(image, out, session.recipe(session.picture))
     print(f"PSNR {psnr(image, session.ref.image):.2f} dB", file=sys.stderr)
     print(out)
 
 
 def invert(args: Namespace) -> None:
     out = writable(args.out, ".safetensors", args)
-    session = opened(args)
+    session = _opened(args)
     save_reference(session.ref, out, session.made_with())
     print(out)
 

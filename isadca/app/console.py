@@ -4,7 +4,7 @@ is written to as far as possible, and `main` reports its failure at the end."""
 import sys
 from pathlib import Path
 
-from ..common.problem import Problem, one_line
+from ..common.problem import one_line
 
 
 class Steady:
@@ -45,8 +45,5 @@ def log(path: Path | None, **entry) -> None:
     if path is None:
         return
     import json
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise Problem(f"{path}: cannot write there ({error.strerror}); choose another --log") from None
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,8 @@ from ..methods import PRESETS, Cosine, Lambda, Linear, Method
 from .fetch import names as fetchable
 
 # what people coming from other tools type
-HABITS = {"--cfg": "--guidance", "--cfg-scale": "--guidance", "--guidance-scale": "--guidance", "--width": "--size",
-          "--num-inference-steps": "--steps", "--negative-prompt": "--negative", "--height": "--size",
+HABITS = {"--cfg": "--guidance", "--cfg-scale": "--guidance", "--guidance-scale": "--guidance",
+          "--num-inference-steps": "--steps", "--negative-prompt": "--negative",
           "--num-images": "--n", "--lambda": "--lam", "--model": "--weights", "--strength": "--diversity"}
 
 
@@ -49,19 +50,17 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
 
 def parse_lam(text: str) -> Lambda:
     """"0.7", "linear:1:0.3" or "cosine:1:0" -> λ. Raises Problem."""
-    shapes: dict[str, type[Linear] | type[Cosine]] = {"linear": Linear, "cosine": Cosine}
+    kind, *ends = text.split(":")
+    shapes: dict[str, Callable[..., Lambda]] = {"linear": Linear, "cosine": Cosine}
+    shape = shapes.get(kind)
     try:
-        kind, *numbers = text.split(":")
-        if kind in shapes:
-            first, last = map(float, numbers)
-            value: Lambda = shapes[kind](first, last)
-        else:
-            first = last = value = float(text)
-    except ValueError:
+        numbers = [float(number) for number in (ends if shape else [text])]
+        lam: Lambda = shape(*numbers) if shape else numbers[0]
+    except (ValueError, TypeError):
         raise Problem(f"lam is {text!r}, expected a number such as 0.7, or linear:1:0.3, or cosine:1:0") from None
-    if not (0 <= first <= 1 and 0 <= last <= 1):
+    if not all(0 <= number <= 1 for number in numbers):
         raise Problem(f"lam is {text}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
-    return value
+    return lam
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -73,6 +72,23 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(n for end in ends for n in range(end[0], end[-1] + 1))
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """"512" or "512x768" -> (width, height)."""
+    found = re.fullmatch(r"(\d{1,9})(?:[x,](\d{1,9}))?", text, re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected such as 512 or 512x768")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def whole(least: int, most: int = 10_000):
+    """Whole numbers from `least` to `most`, as argparse reads them."""
+    def number(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,20}", text, re.ASCII) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {least} to {most}")
+        return int(text)
+    return number
+
+
 def _vary(commands) -> None:
     p, groups = _command(commands, "vary", "a picture and a prompt become a variation",
                          'isadca vary examples/cat.png "a lemon" -o lemon.png --lam 0.7')
@@ -80,15 +96,15 @@ def _vary(commands) -> None:
     add = groups.basic.add_argument
     add("words", nargs="*", metavar="REF PROMPT", help="pictures, a folder of them, or what isadca invert wrote; the "
         "prompt comes last")
-    _out(groups, "OUT", "a .png; a folder for several pictures")
+    _out(groups, "OUT", "a .png; a folder for several pictures", required=False)  # an unknown flag is named first
     _generation(groups, lam=True)
     add("--grid", type=Path, metavar="SHEET.png", help="with --n: also a contact sheet")
     add("--recipe", metavar="PNG", help="make a picture of isadca vary again; other flags change it")
     add("--overwrite", action="store_true", help="in a folder: replace pictures that have another recipe")
     add("--log", type=Path, metavar="FILE", help="append a line of JSON for each finished picture")
     groups.method.add_argument("--attend", metavar="FILE.py:NAME", help="your own attention on top of the method")
-    groups.files.add_argument("--prior", metavar="FOLDER", help="Kandinsky 2.2's prior: the image prompt is what it "
-                              "expects of the text (with --ip-adapter ip-adapter_sd15_vit-G.safetensors)")
+    groups.files.add_argument("--prior", metavar="FOLDER", help="Kandinsky 2.2's prior, which imagines the prompt "
+                              "(with --ip-adapter ip-adapter_sd15_vit-G.safetensors)")
 
 
 def _sweep(commands) -> None:
@@ -120,8 +136,7 @@ def _evaluate(commands) -> None:
     _, groups = _command(commands, "evaluate", "the paper's Table 1: every system and every metric, over pairs",
                          "isadca evaluate weights/demo/pairs -o results")
     add = groups.basic.add_argument
-    add("pairs", metavar="PAIRS", help="a folder with pairs.csv or pairs.json (reference, prompt), or DreamBooth's "
-        "dataset folder")
+    add("pairs", metavar="PAIRS", help="a folder with pairs.csv, pairs.json or DreamBooth's dataset")
     _out(groups, "RESULTS/")
     add("--systems", help="comma-separated (all whose weights are there): rival, ip-adapter, isadca, "
         "isadca-0.5, isadca-attention, isadca-prior, the other names of isadca methods, or FILE.py:NAME: your own, or "
@@ -141,8 +156,7 @@ def _files(commands) -> None:
     _, groups = _command(commands, "check", "does this machine compute what it should? A demo picture is made again",
                          "isadca check --device cuda")
     _machine(groups)
-    groups.basic.add_argument("--renew", action="store_true",
-                              help="store the picture anew, after the demo was trained again")
+    groups.basic.add_argument("--renew", action="store_true", help="store it anew, after the demo was trained again")
     _command(commands, "methods", "the presets of --method, field by field", "isadca methods")
     p, groups = _command(commands, "fetch", "download the published weights, verify them, and say how to use them",
                          "isadca fetch sd15 ip-adapter --to weights")
@@ -165,8 +179,8 @@ def _command(commands, name: str, summary: str, example: str) -> tuple[Parser, S
     return p, SimpleNamespace(**groups)
 
 
-def _out(groups, metavar: str, help: str | None = None) -> None:
-    groups.basic.add_argument("-o", "--out", type=Path, required=True, metavar=metavar, help=help)
+def _out(groups, metavar: str, help: str | None = None, required: bool = True) -> None:
+    groups.basic.add_argument("-o", "--out", type=Path, required=required, metavar=metavar, help=help)
 
 
 def _generation(groups, lam: bool = False) -> None:
@@ -186,10 +200,10 @@ def _generation(groups, lam: bool = False) -> None:
     regions("--keep", metavar="PNG", help="where this is white the reference stays as it is")
     regions("--also", metavar="PICTURE", help="a second reference: its look joins the first one's, its layout does not")
     basic("--negative", default="", help='negative prompt ("")')
-    basic("--seed", type=int, default=0, help="of the first picture; the next has seed + 1 (%(default)s)")
-    basic("-n", "--n", type=int, default=1, help="pictures (%(default)s)")
-    machine("--rows-at-once", type=int, default=64, help="rows of one UNet call at most (%(default)s)")
-    machine("--replay-at-once", type=int, default=5, metavar="M", help="reference steps per call (%(default)s)")
+    basic("--seed", type=whole(0, 2**62), default=0, help="of the first picture; the next has seed + 1 (%(default)s)")
+    basic("-n", "--n", type=whole(1), default=1, help="pictures (%(default)s)")
+    machine("--rows-at-once", type=whole(1), default=64, help="rows of one UNet call at most (%(default)s)")
+    machine("--replay-at-once", type=whole(1), default=5, help="reference steps per call (%(default)s)")
     _inversion(groups)
 
 
@@ -198,11 +212,13 @@ def _inversion(groups, steps: int = 50) -> None:
     add = groups.basic.add_argument
     add("--steps", type=int, help=f"DDIM steps ({steps})")
     add("--ref-prompt", default="", help='what the reference shows, for its inversion ("")')
-    add("--fixed-point", type=int, default=0, metavar="N", help="iterations that make each step of the inversion more "
-        "exact, a UNet call each (%(default)s)")
-    add("--fit", choices=("crop", "squash", "pad"), help="what is not square: its centre, distorted, or with white "
-        "borders (crop)")
-    add("--size", type=int, help="side in pixels (what the model was trained on)")
+    add("--fixed-point", type=whole(0, 100), default=0, metavar="N",
+        help="UNet calls more for each step of the inversion, which make it more exact (%(default)s)")
+    add("--fit", choices=("crop", "squash", "pad", "keep"), help="a picture of another shape: its centre, distorted, "
+        "with white borders, or the picture's own shape at about as many pixels (crop: all training was square)")
+    add("--size", type=parse_size, help="in pixels, such as 512 or 512x768 (what the model was trained on)")
+    add("--width", type=whole(1), help="alone or with --height, instead of --size")
+    add("--height", type=whole(1), help="see --width")
     _weights(groups)
 
 

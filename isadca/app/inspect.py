@@ -49,7 +49,7 @@ def _lines(path: Path, told: dict) -> list[str]:
         return [f"{path}: results of isadca evaluate, {told['variations']} variations",
                 *(f"    {name}: {json.dumps(value)}" for name, value in told["settings"].items())]
     if told["what"] == "a saved reference":
-        return [f"{path}: a saved reference, {told['size']}×{told['size']}, {told['steps']} steps, "
+        return [f"{path}: a saved reference, {told['size'][0]}×{told['size'][1]}, {told['steps']} steps, "
                 f"prompt {told['prompt']!r}"]
     return [f"{part['path']}: {part['kind']}, layout {part['layout']}, {part['tensors']} tensors, "
             f"{part['parameters'] / 1e6:.1f} M parameters, {'/'.join(part['dtypes'])}, {part['bytes'] / 1e6:.1f} MB; "
@@ -83,7 +83,7 @@ def _is_reference(path: Path) -> bool:
 def _reference(path: Path) -> dict:
     from .saved_reference import load_reference
     ref = load_reference(path, None)
-    return {"what": "a saved reference", "size": ref.image.width, "steps": ref.steps, "prompt": ref.prompt}
+    return {"what": "a saved reference", "size": ref.image.size, "steps": ref.steps, "prompt": ref.prompt}
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------

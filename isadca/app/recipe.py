@@ -1,7 +1,6 @@
 """The recipe that every picture carries: the arguments, the versions, the sha256 of all inputs. Here it is made, read,
 turned back into a command, and compared."""
 
-import hashlib
 import json
 import platform
 import re
@@ -17,8 +16,6 @@ from ..common.problem import Problem
 
 # these do not change the pixels
 NOT_KEPT = {"command", "refs", "out", "grid", "log", "overwrite", "recipe", "recipe_source", "quiet", "own_code"}
-INVERSION = ("unet", "vae", "text")
-NETWORKS = {*INVERSION, "vision", "ip_adapter", "prior"}
 
 
 def inputs_of(files: dict[str, Path], weights: Path, vocabulary: Path) -> dict[str, Path]:
@@ -40,24 +37,13 @@ def hash_files(files: dict[str, Path]) -> Future:
     return future
 
 
-def of_inversion(hashes: dict[str, str]) -> dict[str, str]:
-    """What an inversion depends on."""
-    others = ("vision", "ip_adapter", "prior", "--")
-    return {part: digest for part, digest in hashes.items() if not part.startswith(others)}
-
-
-def fingerprint(hashes: dict[str, str]) -> str:
-    """One sha256 for the networks that an inversion depends on."""
-    return hashlib.sha256("".join(hashes[part] for part in INVERSION).encode()).hexdigest()
-
-
 def make_recipe(args: dict, reference_sha256: str, hashes: dict[str, str], device: str, dtype: str) -> dict:
     """`args` are the command line's, by name. Everything in it is JSON."""
     import torch
 
     from .. import __version__
-    return {"command": args["command"],
-            "args": {key: value for key, value in sorted(args.items()) if key not in NOT_KEPT},
+    kept = {key: value for key, value in sorted(args.items()) if key not in NOT_KEPT}
+    return {"command": args["command"], "args": json.loads(json.dumps(kept)),  # as it will be read again
             "reference_sha256": reference_sha256, "weights_sha256": hashes, "device": device, "dtype": dtype,
             "versions": {"isadca": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "threads": torch.get_num_threads()}
@@ -110,10 +96,8 @@ def typed_again(recipe: dict, source: Path) -> str:
 
 
 def differing(before: dict, hashes: dict[str, str]) -> str | None:
-    """The first part that differs from `before`; older recipes name only the networks."""
-    whole = any(str(part).startswith("tokenizer/") for part in before)
-    parts = [*before, *(part for part in hashes if part not in before and (whole or part in NETWORKS))]
-    return next((part for part in parts if before.get(part) != hashes.get(part)), None)
+    """The first part that differs from `before`."""
+    return next((part for part in before | hashes if before.get(part) != hashes.get(part)), None)
 
 
 def made_elsewhere(recipe: dict, now: dict) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ..common.files import atomic_write
 from ..common.problem import Problem
 from ..reference import Reference
-from .recipe import differing, fingerprint
+from .recipe import differing
 
 
 def save_reference(ref: Reference, path: str | Path, weights: str) -> None:
@@ -44,24 +44,27 @@ def load_reference(path: str | Path, weights: str | None, device: torch.device |
     except (OSError, SafetensorError) as error:
         raise Problem(f"{path}: not a whole safetensors file ({error}); invert the picture again") from None
     if weights is not None and about.get("weights") != weights:
-        _check_weights(path, about.get("weights", ""), weights)
-    h, side = chain.shape[-1:], pixels.shape[:1]
-    if (chain.shape[1:] != (4, *h, *h) or len(chain) < 2 or pixels.shape != (*side, *side, 3) or 0 in (*h, *side)
-            or side[0] % h[0] or chain.dtype not in (torch.float32, torch.float64) or pixels.dtype != torch.uint8
-            or not chain.isfinite().all() or original.dtype != torch.uint8 or original.ndim != 3
-            or original.shape[2] != 3 or 0 in original.shape):
+        changed = _changed(about.get("weights", ""), weights)
+        raise Problem(f"{path}: was inverted with other weights (another {changed}); invert the picture again with "
+                      "these")
+    if not _whole(chain, pixels) or not _whole(chain, original, fitted=False):
         raise Problem(f"{path}: a damaged reference; invert the picture again")
     return Reference(Image.fromarray(pixels.numpy()), chain.to(device), about.get("prompt", ""),
                      Image.fromarray(original.numpy()))
 
 
-def _check_weights(path: Path, before: str, now: str) -> None:
-    """Raise Problem that names the file which changed. Older references hold one sha256 for the three networks."""
-    changed = "sha256"
+def _whole(chain: torch.Tensor, picture: torch.Tensor, fitted: bool = True) -> bool:
+    """Latents, and a picture that is, when it was fitted to them, a whole number of times as wide and as high."""
+    if chain.ndim != 4 or picture.ndim != 3 or 0 in (*chain.shape, *picture.shape) or picture.dtype != torch.uint8:
+        return False
+    (steps, channels, h, w), (height, width, colours) = chain.shape, picture.shape
+    return (steps > 1 and (channels, colours) == (4, 3) and chain.dtype in (torch.float32, torch.float64)
+            and bool(chain.isfinite().all()) and (not fitted or height % h == 0 and height * w == width * h))
+
+
+def _changed(before: str, now: str) -> str:
+    """Which file is another."""
     try:
-        if before == fingerprint(json.loads(now)):
-            return
-        changed = differing(json.loads(before), json.loads(now)) or changed
+        return differing(json.loads(before), json.loads(now)) or "sha256"
     except (ValueError, TypeError, AttributeError, RecursionError):  # forged, or a name of the caller's own
-        pass
-    raise Problem(f"{path}: was inverted with other weights (another {changed}); invert the picture again with these")
+        return "sha256"

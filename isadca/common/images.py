@@ -27,7 +27,6 @@ def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None
 
     `tell` receives a note on whatever is left out or guessed. Raises Problem for what is not a readable picture.
     """
-    path = Path(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old cameras' EXIF and the like
@@ -83,19 +82,21 @@ def _eight_bits(image: Image.Image, tell: Callable[[str], None]) -> Image.Image:
     return Image.fromarray(((values - low) / (high - low) * 255).round().astype(np.uint8))
 
 
-def fit(image: Image.Image, size: int, how: str = "crop") -> Image.Image:
-    """To size × size (bicubic; untouched where it already is). What is not square is cut to its centre ("crop"),
-    distorted ("squash") or given white borders ("pad"). Gives RGB."""
+def fit(image: Image.Image, size: tuple[int, int], how: str = "crop") -> Image.Image:
+    """To `size`, (width, height), bicubic; untouched where it already has it. What has another shape is cut to its
+    centre ("crop", "keep"), distorted ("squash") or given white borders ("pad"). Gives RGB."""
     image = _rgb(image)
-    short, long = sorted(image.size)
-    if how == "crop":
-        left, top = (image.width - short) // 2, (image.height - short) // 2
-        image = image.crop((left, top, left + short, top + short))
+    scales = [has / wanted for has, wanted in zip(image.size, size)]
+    scale = max(scales) if how == "pad" else min(scales)
+    width, height = (max(1, round(scale * side)) for side in size)
+    if how in ("crop", "keep"):
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     elif how == "pad":
-        image = ImageOps.pad(image, (long, long), color="white")
+        image = ImageOps.pad(image, (width, height), color="white")
     elif how != "squash":
-        raise Problem(f"fit is {how!r}, expected crop, squash or pad")
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+        raise Problem(f"fit is {how!r}, expected crop, squash, pad or keep")
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -5,10 +5,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 def contact_sheet(rows: list[list[Image.Image]], columns: list[str], labels: list[str]) -> Image.Image:
     """Pictures in a grid with a heading over each column and a label over each row. All of one size."""
-    tile = max(rows[0][0].width, 128)  # tiny pictures are enlarged so that they, and the labels, can be read
+    enlarged = max(1, 128 / rows[0][0].width)  # where they are tiny, so that they, and the labels, can be read
+    tile, tall = (round(enlarged * side) for side in rows[0][0].size)
     line, gap = max(18, tile // 12), max(2, tile // 64)
     font = ImageFont.load_default(size=line * 0.7)
-    width, height = len(columns) * (tile + gap) + gap, line + len(rows) * (line + tile + gap)
+    width, height = len(columns) * (tile + gap) + gap, line + len(rows) * (line + tall + gap)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
 
@@ -21,9 +22,9 @@ def contact_sheet(rows: list[list[Image.Image]], columns: list[str], labels: lis
     for i, heading in enumerate(columns):
         write(gap + i * (tile + gap), 1, heading, "black", tile)
     for j, (row, label) in enumerate(zip(rows, labels)):
-        top = line + j * (line + tile + gap)
+        top = line + j * (line + tall + gap)
         write(gap, top, label, "dimgray", width - 2 * gap)
         for i, image in enumerate(row):
-            big = image.resize((tile, tile), Image.Resampling.NEAREST if tile > image.width else None)
+            big = image.resize((tile, tall), Image.Resampling.NEAREST if tile > image.width else None)
             sheet.paste(big, (gap + i * (tile + gap), top + line))
     return sheet

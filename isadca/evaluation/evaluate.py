@@ -126,7 +126,7 @@ def _make(items: list[Item], draws: dict[System, Draw], judge: Judge, out: Path,
         tell(f"{other} of {len(items)} variations were made by other code or are damaged; they are made again")
     for item in progress(todo, f"variations ({len(items) - len(todo)} of {len(items)} there)"):
         original, path, digest = load_image(item.pair.reference), item.picture(out), made_by[item.system]
-        reference, numbers = fit(original, size), item.numbers(out)
+        reference, numbers = fit(original, (size, size)), item.numbers(out)
         variation = None if item in stale or "seconds" not in numbers else item.load(out, size, digest)
         if variation is None:
             began = time.perf_counter()

@@ -149,7 +149,7 @@ def without_inversion(model: Model, image: Image.Image, steps: int) -> Reference
     """For a method that starts at noise and looks at no keys and values of the reference."""
     side = model.unet.config.sample_size
     chain = torch.zeros(steps + 1, 4, side, side, device=model.device, dtype=model.latent_dtype)
-    return Reference(fit(image, model.size), chain, original=image)
+    return Reference(fit(image, (model.size, model.size)), chain, original=image)
 
 
 # ---- what tells systems apart --------------------------------------------------------------------------------------

@@ -44,13 +44,17 @@ class Model:
         """Side in pixels of the pictures it was trained on."""
         return self.unet.config.sample_size * self.vae.config.downscale
 
-    def check_size(self, size: int) -> int:
-        """`size`, if the networks can work at it. Raises Problem."""
-        multiple = self.vae.config.downscale * 2 ** (len(self.unet.config.channels) - 1)
-        if not multiple <= size <= 4096 or size % multiple:
-            raise Problem(f"size is {size}, expected a multiple of {multiple} up to 4096; {self.size} is what it was "
-                          "trained on")
-        return size
+    @property
+    def multiple(self) -> int:
+        """In pixels, what each side of a picture must be a multiple of: the UNet halves the latent at every level."""
+        return self.vae.config.downscale * 2 ** (len(self.unet.config.channels) - 1)
+
+    def check_size(self, size: int | tuple[int, int]) -> tuple[int, int]:
+        """(width, height), if the networks can work at it; a number is both. Raises Problem."""
+        width, height = size if isinstance(size, tuple) else (size, size)
+        if any(not self.multiple <= side <= 4096 or side % self.multiple for side in (width, height)):
+            raise Problem(f"size is {width}×{height}, expected multiples of {self.multiple} to 4096; try {self.size}")
+        return width, height
 
     def noise(self, z: Tensor, t: Tensor | int, context: Tensor | KV, attend: Attend = plain_attend,
               edit: Edit | None = None) -> Tensor:

@@ -42,12 +42,8 @@ class Tokenizer:
             raise Problem(f"{names}: not a CLIP vocabulary ({reason}); copy the tokenizer again") from None
 
     def __call__(self, texts: list[str]) -> Tensor:
-        rows = []
-        for text in texts:
-            words = self._encode(text).ids[: self.max_tokens - 2]
-            row = [self.start_id, *words, self.end_id]
-            rows.append(row + [self.end_id] * (self.max_tokens - len(row)))
-        return torch.tensor(rows)
+        rows = [[self.start_id, *self._encode(text).ids[: self.max_tokens - 2]] for text in texts]
+        return torch.tensor([row + [self.end_id] * (self.max_tokens - len(row)) for row in rows])
 
     def cut(self, text: str) -> str:
         """The tail of `text` that does not fit into max_tokens; empty when all of it does."""
@@ -59,9 +55,8 @@ class Tokenizer:
         encoded = self._encode(text)
         rows: dict[int | None, list[int]] = {}
         for i, word in enumerate(encoded.word_ids[: self.max_tokens - 2]):
-            rows.setdefault(word, []).append(i)
-        span = lambda at: text[encoded.offsets[at[0]][0]: encoded.offsets[at[-1]][1]]
-        return [(span(at), [i + 1 for i in at]) for at in rows.values()]
+            rows.setdefault(word, []).append(i + 1)
+        return [(text[encoded.offsets[at[0] - 1][0]: encoded.offsets[at[-1] - 1][1]], at) for at in rows.values()]
 
     def _encode(self, text: str) -> Encoding:
         try:

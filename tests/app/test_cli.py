@@ -136,6 +136,32 @@ def test_an_inverted_reference_stands_for_its_picture(isadca_cli, demo):
     assert isinstance(load_reference("cat.safetensors", None), Reference)
 
 
+def test_any_shape(isadca_cli):
+    """--size, --width and --height, and a picture's own; with a mask, from a saved reference, on a sheet."""
+    wide = Image.open(CAT).resize((150, 100))
+    wide.save("wide.png")
+    for flags, size in [(["--size", "96x64"], (96, 64)), (["--width", 32], (32, 64)), (["--fit", "keep"], (80, 48)),
+                        (["--size", "48", "--height", 80], (48, 80)), (["--size", 96, "--fit", "keep"], (112, 80))]:
+        assert isadca_cli("vary", "wide.png", "a lemon", "-o", "a.png", "--mask", CAT, "--keep", CAT, *flags)[0] == 0
+        assert Image.open("a.png").size == size
+        isadca_cli("vary", "--recipe", "a.png", "-o", "b.png", steps=None)
+        assert open("a.png", "rb").read() == open("b.png", "rb").read()
+    isadca_cli("invert", "wide.png", "-o", "wide.safetensors", "--fit", "keep")
+    assert "80×48" in isadca_cli("inspect", "wide.safetensors")[1][0]
+    assert isadca_cli("vary", "wide.safetensors", "a lemon", "-o", "a.png", "--grid", "g.png", "--also", CAT,
+                      steps=None)[0] == 0
+    assert Image.open("a.png").size == (80, 48) and Image.open("g.png").height < 128
+    code, _, err = isadca_cli("vary", "wide.safetensors", "a lemon", "-o", "c.png", "--width", 96, "-q", steps=None)
+    assert code == 2 and "--size is 96×48, but wide.safetensors was inverted with 80×48" in err
+    assert isadca_cli("explore", "wide.png", "a lemon", "-o", "a.html", "--size", "96x64", "--steps", 2)[0] == 0
+
+
+def test_a_pictures_own_shape_has_its_proportions_and_about_as_many_pixels():
+    shapes = {(4000, 3000): (576, 448), (3000, 4000): (448, 576), (512, 512): (512, 512), (640, 480): (576, 448),
+              (1080, 1920): (384, 704), (5000, 100): (3648, 64)}
+    assert {has: session.own_shape(has, 512 * 512, 64) for has in shapes} == shapes
+
+
 def test_sweep_has_a_column_per_lam_and_a_row_per_prompt_and_seed(isadca_cli):
     code, out, _ = isadca_cli("sweep", CAT, "a lemon", "a pig", "--lam", "0,0.5,1", "-o", "g.png")
     assert (code, out) == (0, ["g.png"])
@@ -171,6 +197,19 @@ def test_an_attention_of_ones_own(isadca_cli):
     assert (pixels("a.png") != pixels("b.png")).any()
 
 
+@pytest.mark.parametrize("flags, loaded", [(["--lam", "1"], False), (["--ip-scale", "0"], False), ([], True),
+                                           (["--method", "rival"], False), (["--lam", "linear:1:0"], True)])
+def test_what_is_idle_is_not_loaded(isadca_cli, monkeypatch, flags, loaded):
+    """Seen at the door: what `load` gave to the session, and what the recipe says was read."""
+    models, load = [], session.load
+    monkeypatch.setattr(session, "load", lambda *args: models.append(load(*args)) or models[-1])
+    assert isadca_cli("vary", CAT, "a lemon", "-o", "a.png", *flags)[0] == 0
+    assert [(model.ip_adapter is not None, model.vision is not None) for model in models] == [(loaded, loaded)]
+    assert ("vision" in read_recipe("a.png")["weights_sha256"]) == loaded
+    isadca_cli("invert", CAT, "-o", "a.safetensors")
+    assert models[1].ip_adapter is models[1].vision is None
+
+
 def test_a_prompt_that_is_too_long_is_used_as_far_as_it_goes(isadca_cli):
     code, _, err = isadca_cli("vary", CAT, "a lemon " * 30 + "and the end", "-o", "a.png", "-q")
     assert code == 0 and "longer than 32 tokens" in err and "and the end" in err
@@ -191,9 +230,9 @@ def test_without_an_adapter_it_says_so(isadca_cli):
     (["vary", CAT, "x", "-o", "a.png", "--lam", "nan"], "expected 0 to 1"),
     (["vary", CAT, "x", "-o", "a.png", "--guidance", "nan"], "guidance is nan"),
     (["vary", CAT, "x", "-o", "a.png", "--k", "1000"], "k is 1000, expected 0 to 999"),
-    (["vary", CAT, "x", "-o", "a.png", "--n", "0"], "--n is 0"),
-    (["vary", CAT, "x", "-o", "a.png", "--seed", "-1"], "--seed is -1"),
-    (["vary", CAT, "x", "-o", "a.png", "--rows-at-once", "0"], "--rows-at-once is 0"),
+    (["vary", CAT, "x", "-o", "a.png", "--n", "0"], "--n: '0', expected 1 to 10000"),
+    (["vary", CAT, "x", "-o", "a.png", "--seed", "-1"], "--seed: '-1', expected 0 to"),
+    (["vary", CAT, "x", "-o", "a.png", "--rows-at-once", "0"], "--rows-at-once: '0', expected 1 to 10000"),
     (["vary", CAT, "x", "-o", "a.png", "--layers", "a-b"], "layers"),
     (["vary", CAT, "x", "-o", "a.png", "--method", "magic"], "expected one of isadca, rival"),
     (["vary", CAT, "x", "-o", "a.png", "--mix", "both"], "--mix"),

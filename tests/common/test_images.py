@@ -52,7 +52,7 @@ def test_fit_takes_the_centre_square(width, height):
     """Without any resampling where the short side is already right; odd rests lose the extra pixel at the end."""
     picture = noise(width, height)
     left, top = (width - 8) // 2, (height - 8) // 2
-    assert np.array_equal(fit(picture, 8), np.asarray(picture)[top : top + 8, left : left + 8])
+    assert np.array_equal(fit(picture, (8, 8)), np.asarray(picture)[top : top + 8, left : left + 8])
 
 
 @pytest.mark.parametrize("width, height", [(300, 100), (100, 301), (64, 64), (32, 20), (7, 200), (1, 1)])
@@ -62,16 +62,36 @@ def test_fit_resizes_nothing_but_that_square(width, height):
     left, top = (width - side) // 2, (height - side) // 2
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[top : top + side, left : left + side] = (10, 200, 90)
-    got = np.asarray(fit(Image.fromarray(pixels), 64))
+    got = np.asarray(fit(Image.fromarray(pixels), (64, 64)))
     assert got.shape == (64, 64, 3) and (got == (10, 200, 90)).all()
+
+
+@pytest.mark.parametrize("has", [(300, 100), (100, 301), (64, 64), (96, 64), (7, 200), (1, 1)])
+@pytest.mark.parametrize("size", [(96, 64), (64, 96), (64, 192)])
+def test_fit_to_any_shape(has, size):
+    """A disc in the middle stays one where the picture is cut or gets borders; "squash" keeps the corners."""
+    (width, height), (w, h) = has, size
+    scale = min(width / w, height / h)
+    left, top = round(width - w * scale) // 2, round(height - h * scale) // 2
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[top : height - top, left : width - left] = (10, 200, 90)
+    picture = Image.fromarray(pixels)
+    assert (np.asarray(fit(picture, size))[1:-1, 1:-1] == (10, 200, 90)).all()
+    squashed = picture.resize(size, Image.Resampling.BICUBIC)
+    assert fit(picture, size, "squash").tobytes() == squashed.tobytes()
+    if min(has) > 1:
+        padded = np.asarray(fit(Image.new("RGB", has), size, "pad"))
+        black = (padded.max(2) < 128).sum() / (w * h)
+        share = scale / max(width / w, height / h)  # the picture's, of the canvas
+        assert black == pytest.approx(share, rel=0.3)
 
 
 def test_fit_and_clip_pixels_take_any_mode():
     """A picture that did not come through load_image: transparency is white here too, grey is three channels."""
     clear = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
-    assert np.array_equal(fit(clear, 10), np.full((10, 10, 3), 255))
+    assert np.array_equal(fit(clear, (10, 10)), np.full((10, 10, 3), 255))
     assert torch.equal(clip_pixels(clear, 8), clip_pixels(Image.new("RGB", (20, 10), "white"), 8))
-    assert to_tensor(fit(Image.new("L", (9, 9), 255), 4)).shape == (1, 3, 4, 4)
+    assert to_tensor(fit(Image.new("L", (9, 9), 255), (4, 4))).shape == (1, 3, 4, 4)
 
 
 @pytest.mark.parametrize("width, height", [(224, 224), (512, 512), (64, 64), (300, 200), (200, 300), (225, 224),
@@ -117,16 +137,18 @@ def tiles_of(sheet: Image.Image, count: int) -> list[tuple[int, int, int, int]]:
     return boxes
 
 
-@pytest.mark.parametrize("size, tile", [(64, 128), (32, 128), (128, 128), (100, 128), (512, 512)])
+@pytest.mark.parametrize("size, tile", [((64, 64), (128, 128)), ((32, 32), (128, 128)), ((128, 128), (128, 128)),
+                                        ((100, 100), (128, 128)), ((512, 512), (512, 512)), ((64, 96), (128, 192)),
+                                        ((192, 128), (192, 128))])
 def test_tiles_lie_in_a_grid_and_cover_no_text(size, tile):
-    flat = [Image.new("RGB", (size, size), (200 + j, 3, 77)) for j in range(6)]
+    flat = [Image.new("RGB", size, (200 + j, 3, 77)) for j in range(6)]
     sheet = contact_sheet([flat[:3], flat[3:]], ["a", "b", "c"], ["first", "second"])
     boxes = tiles_of(sheet, 6)
-    assert all((right - left, bottom - top) == (tile, tile) for left, top, right, bottom in boxes)
+    assert all((right - left, bottom - top) == tile for left, top, right, bottom in boxes)
     lefts, tops = [b[0] for b in boxes], [b[1] for b in boxes]
     assert lefts[:3] == lefts[3:] == sorted(lefts[:3]) and len(set(tops[:3])) == len(set(tops[3:])) == 1
     gap = lefts[0]
-    assert gap > 0 and np.diff(lefts[:3]).tolist() == [tile + gap] * 2, "tiles must not touch"
+    assert gap > 0 and np.diff(lefts[:3]).tolist() == [tile[0] + gap] * 2, "tiles must not touch"
     assert sheet.size == (boxes[-1][2] + gap, boxes[-1][3] + gap), "the margin is the same on all sides"
     pixels = np.asarray(sheet.convert("L"))
     heading, label, second = pixels[: tops[0] // 2], pixels[tops[0] // 2 : tops[0]], pixels[boxes[0][3] : tops[3]]

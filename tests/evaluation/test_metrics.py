@@ -82,7 +82,7 @@ def lpips_parts(kind: str) -> tuple[nn.Sequential, dict, dict]:
 def test_lpips_equals_its_definition(kind):
     """Written out in NumPy on the taps of modules that are numbered as torchvision's."""
     features, trunk, heads = lpips_parts(kind)
-    a, b = pictures(2), pictures(2, seed=1)
+    a, b = pictures(2, (64, 96)), pictures(2, (64, 96), seed=1)
 
     def taps(x):
         x = (x - torch.tensor([-.030, -.088, -.188]).view(3, 1, 1)) / torch.tensor([.458, .448, .450]).view(3, 1, 1)
@@ -138,7 +138,7 @@ def test_sifid_equals_scipys():
     net = nn.Sequential(block(weights, "1a_3x3", stride=2), block(weights, "2a_3x3"),
                         block(weights, "2b_3x3", padding=1), nn.MaxPool2d(3, 2), block(weights, "3b_1x1"),
                         block(weights, "4a_3x3"))
-    a, b = pictures(2), pictures(2, seed=1)
+    a, b = pictures(2, (64, 96)), pictures(2, (64, 96), seed=1)
     expected = []
     for x, y in zip(a, b):
         f, g = (net(p[None])[0].flatten(1).double().detach().numpy() for p in (x, y))

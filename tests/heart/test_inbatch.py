@@ -18,7 +18,7 @@ import isadca
 from isadca import Linear, Method, Run
 from isadca.reference import initial_latents
 
-PROMPT, NEGATIVE, STEPS, SIZE = "a lemon", "stripes, flat", 10, 16
+PROMPT, NEGATIVE, STEPS, SIZE = "a lemon", "stripes, flat", 10, (32, 16)
 PAPER = Method(lam=0.7)
 EVERYTHING = Method(lam=Linear(1.0, 0.2), guidance=4.0, k=150, t_start=850, replace_above=600, adain_above=700,
                     ip_scale=0.6, diversity=0.3)

@@ -144,5 +144,5 @@ def test_the_reference_is_cropped_to_a_square(tiny):
 
 @pytest.mark.parametrize("size", [0, 3, -16, 18])
 def test_a_size_that_the_unet_cannot_halve_is_refused(tiny, tiny_ref, size):
-    with pytest.raises(Problem, match="size is .* expected a multiple of 4"):
+    with pytest.raises(Problem, match="size is .* expected multiples of 4"):
         invert(tiny, tiny_ref.image, steps=1, size=size)

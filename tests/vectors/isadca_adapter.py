@@ -204,7 +204,7 @@ class Given(Model):
         return self.files["z0"]
 
     def check_size(self, size):
-        return size
+        return size, size
 
 
 def model(adapter=None, **told):

@@ -106,7 +106,7 @@ def adapter_order(config):
 # ---- pictures and text -----------------------------------------------------------------------------------------
 
 def vae_pixels(image, size, how):
-    return images.to_tensor(images.fit(Image.fromarray(image), size, how))
+    return images.to_tensor(images.fit(Image.fromarray(image), (size, size), how))
 
 
 def clip_pixels(image, size):
