@@ -1,6 +1,7 @@
 """The commands that write a file: vary, sweep, explore, reconstruct, invert, convert. Each writes it whole and prints
 the path."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ from ..common.images import FORMATS, save_png
 from ..common.problem import Problem
 from ..common.sheets import contact_sheet
 from ..loop import Run, decode
-from ..methods import Method
+from ..methods import Method, method_named
 from ..reference import reconstruct as without_control
 from .console import log, note, say
 from .flags import parse_lam
+from .own_code import is_own, own_method
 from .paths import writable
 from .recipe import read_recipe
 from .saved_reference import save_reference
@@ -147,10 +149,15 @@ def sweep(args: Namespace) -> None:
 def explore(args: Namespace) -> None:
     from .explore import look_inside, method_at, page
     out = writable(args.out, ".html", args)
-    method = method_at(args.lam)
-    session = _opened(args, [method], steps=20)
-    data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.progress)
-    save_text(page(data), out)
+    method, beside = method_at(args.lam), [method_named(name) for name in ("rival-edit", "masactrl", "ip-adapter")]
+    if args.method is not None:
+        own = own_method(args.method)[0] if is_own(args.method) else method_named(args.method)
+        beside.append(replace(own, name=own.name.rpartition(":")[2]))
+    session = _opened(args, [method, *beside], steps=20)
+    data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.progress, beside)
+    package, folder = Path(__file__).resolve().parent.parent, out.resolve().parent
+    near = package.parent == folder or package.parent in folder.parents  # in one clone: its code is linked
+    save_text(page(data | {"code": Path(os.path.relpath(package, folder)).as_posix() if near else ""}), out)
     print(out)
 
 

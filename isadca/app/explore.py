@@ -8,6 +8,7 @@ Shapes: N queries and M keys of one attention map; h × w its grid.
 
 import base64
 import json
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -45,8 +46,10 @@ def method_at(lam: float) -> Method:
     return Method(lam=lam)
 
 
-def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progress: Progress = silent) -> dict:
-    """All that the page shows, as JSON: the run of `method` step by step, and the final pictures over λ."""
+def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progress: Progress = silent,
+                beside: Sequence[Method] = ()) -> dict:
+    """All that the page shows, as JSON: the run of `method` step by step, the final pictures over λ, and `beside`
+    them those of other methods."""
     words, tokens = model.tokenizer.words(prompt), model.tokenizer.max_tokens
     grid = model.schedule.steps(ref.steps)
     moments, chain = _spread(ref.steps - 1, MOMENTS), _spread(ref.steps, CHAIN + 1)[1:]
@@ -67,7 +70,8 @@ def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progr
             "reference": uri(ref.image), "reconstruction": uri(reconstruct(model, ref, progress=progress)),
             "chain": [{"t": grid[-i].t, "picture": picture} for i, picture in zip(chain, show(ref.chain[chain]))],
             "x0": {name: show(torch.cat(x0)) for name, x0 in zip(Noise._fields, zip(*branches))},
-            "variation": show(z)[0], "attention": attention, "lams": LAMS, **over_lam(model, ref, prompt, progress)}
+            "variation": show(z)[0], "attention": attention, "lams": LAMS,
+            **over_lam(model, ref, prompt, progress, beside)}
 
 
 def attention_maps(maps: list[Map], rows: list[list[int]], tokens: int) -> dict:
@@ -110,18 +114,22 @@ def packed(rows: Tensor) -> str:
     return base64.b64encode(bytes_.cpu().numpy().tobytes()).decode()
 
 
-def over_lam(model: Model, ref: Reference, prompt: str, progress: Progress = silent) -> dict:
-    """The picture at every λ, for both places to mix, its distance to the reference and a similarity."""
+def over_lam(model: Model, ref: Reference, prompt: str, progress: Progress, beside: Sequence[Method]) -> dict:
+    """The picture at every λ, for both places to mix, and of each method `beside`: its distance, its similarity."""
     runs = [Run(prompt, Method(lam=lam)) for lam in LAMS]
     runs += [Run(prompt, Method(lam=lam, mix="attention")) for lam in LAMS[1:-1]]  # at both ends it is the same run
+    runs += [Run(prompt, other) for other in beside]
     pictures = decode(model, torch.cat(sample(model, ref, runs, progress=progress)))
-    noise, inner = pictures[: len(LAMS)], pictures[len(LAMS):]
-    mixes = {"noise": noise, "attention": [noise[0], *inner, noise[-1]]}
+    n = len(LAMS)
+    noise, inner, others = pictures[:n], pictures[n: 2 * n - 2], pictures[2 * n - 2:]
     label, similar = similarity(model, ref, prompt)
-    return {"similarity": label, "mixes": {mix: {
-        "pictures": [uri(p) for p in of], "similarity": [similar(p) for p in of] if label else None,
-        "distance": [round(1 - ssim(to_tensor(p), to_tensor(ref.image)).item(), 4) for p in of]}
-        for mix, of in mixes.items()}}
+
+    def measured(of: list[Image.Image]) -> dict:
+        return {"pictures": [uri(p) for p in of], "similarity": [similar(p) for p in of] if label else None,
+                "distance": [round(1 - ssim(to_tensor(p), to_tensor(ref.image)).item(), 4) for p in of]}
+    mixes = {"noise": measured(noise), "attention": measured([noise[0], *inner, noise[-1]])}
+    return {"similarity": label, "mixes": mixes,
+            "beside": measured(others) | {"names": [other.name for other in beside]}}
 
 
 def similarity(model: Model, ref: Reference, prompt: str):

@@ -128,6 +128,8 @@ def _one_reference(commands) -> None:
             groups.basic.add_argument("prompt", metavar="PROMPT")
             groups.basic.add_argument("--lam", type=float, default=Method.lam,
                                       help="λ of the run that is taken apart (%(default)s)")
+            groups.basic.add_argument("--method", metavar="NAME", help="one more method to show beside λ: "
+                                      f"{', '.join(PRESETS)}, or your own FILE.py:NAME")
         _out(groups, out)
         _inversion(groups, steps=20 if name == "explore" else 50)
 

@@ -74,6 +74,15 @@ def test_each_lam_is_there(data):
     assert all(len(values) == 11 for mix in data["mixes"].values() for values in mix.values())
 
 
+def test_other_methods_stand_beside_lam_and_change_nothing(demo, ref, data):
+    masactrl = isadca.PRESETS["masactrl"]
+    shown = explore.over_lam(demo, ref, "a lemon", lambda items, label: items, [masactrl])
+    assert shown["beside"]["names"] == ["masactrl"]
+    [picture] = isadca.vary(demo, ref, "a lemon", masactrl)
+    assert abs(pixels(shown["beside"]["pictures"][0]) - pixels(picture)).max() <= 1
+    assert shown["mixes"]["noise"]["distance"] == pytest.approx(data["mixes"]["noise"]["distance"], abs=2e-3)
+
+
 def test_the_clean_pictures_of_every_step(demo, ref, data):
     expected = {"isa": [], "dca": [], "mixed": []}
 
@@ -221,6 +230,17 @@ def test_the_command_writes_one_file_and_says_which(cli):
     assert (data["times"], data["words"], data["lam"]) == ([501, 1], [], 0.7)
 
 
+def test_a_method_of_ones_own_is_shown_and_code_is_linked_only_within_a_clone(cli):
+    with open("mine.py", "w") as file:
+        file.write("def idea(controls):\n    return controls.kernel\n")
+    assert cli("explore", ROCKET, "a cat", "-o", "p.html", "--steps", 1, "-q", "--method", "mine.py:idea")[0] == 0
+    data = json.loads(re.search(r'id="data">(.*?)</script>', open("p.html", encoding="utf-8").read())[1])
+    assert data["beside"]["names"] == ["rival-edit", "masactrl", "ip-adapter", "idea"]
+    assert data["code"] == ""
+    committed = (ROOT / "examples" / "explore.html").read_text(encoding="utf-8")
+    assert '"code": "../isadca"' in committed
+
+
 def test_without_an_adapter_there_is_a_page_still(cli):
     code, _, err = cli("explore", ROCKET, "a lemon", "-o", "p.html", "--steps", 1, "-q", "--ip-adapter", "none")
     assert code == 0 and "no IP-Adapter" in err
@@ -248,6 +268,7 @@ def test_a_saved_reference_keeps_its_steps(cli):
     (["-o", "page.html", "--lam", "nan"], "lam is nan"),
     (["-o", "page.html", "--lam", "most"], "argument --lam: invalid float value: 'most'"),
     (["-o", "page.html", "--steps", "0"], "steps is 0, expected 1 to 999"),
+    (["-o", "page.html", "--method", "no.py:idea"], "no.py"),
     ([], "-o"),
 ])
 def test_bad_input_is_one_line(cli, argv, says):

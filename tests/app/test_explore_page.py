@@ -17,7 +17,8 @@ PROMPT = 'a <b>lemon</b> & "an apple"</script>'
 @pytest.fixture(scope="module")
 def file(demo, tmp_path_factory):
     ref = isadca.invert(demo, isadca.load_image(ROOT / "examples" / "rocket.png"), 2)
-    data = explore.look_inside(demo, ref, PROMPT, explore.method_at(0.7))
+    beside = [isadca.PRESETS["masactrl"]]
+    data = explore.look_inside(demo, ref, PROMPT, explore.method_at(0.7), beside=beside) | {"code": "../isadca"}
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(explore.page(data), encoding="utf-8")
     return path
@@ -74,6 +75,17 @@ def test_everything_is_loaded_and_described(page):
 def test_the_prompt_is_text(page):
     assert text(page, "prompt") == PROMPT and PROMPT in page.js("return document.title")
     assert page.js("return document.querySelectorAll('header h1 b, #words b').length") == 0
+
+
+def test_each_function_leads_to_its_file_and_other_methods_are_shown(page):
+    links = page.js("return [...document.querySelectorAll('a > code')].map(c => [c.textContent, c.parentNode.href])")
+    assert len(links) > 10
+    for name, href in links:
+        module, function = name.rsplit(".", 1)
+        path, _, sought = href.partition("#:~:text=def%20")
+        assert path.endswith(f"/isadca/{module.replace('.', '/')}.py") and sought == f"{function}("
+        assert f"def {function}(" in (ROOT / "isadca" / f"{module.replace('.', '/')}.py").read_text()
+    assert "masactrl" in text(page, "beside")
 
 
 def test_step_slider(page):
