@@ -22,7 +22,8 @@ from ..methods import Method, method_named
 from ..reference import Reference, invert
 from . import recipe as recipes
 from .console import note
-from .own_code import is_own, own_method
+from .own_code import is_own
+from .own_method import own_method
 from .saved_reference import load_reference
 
 FITTED = {"crop": "its centre is used (or: --fit squash, --fit pad, --fit keep)", "squash": "it is distorted",

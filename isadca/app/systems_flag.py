@@ -8,7 +8,8 @@ from ..common.problem import Problem
 from ..evaluation.systems import System, system_of
 from ..methods import Method
 from .flags import parse_lam, parse_layers
-from .own_code import as_method, is_own, load_own
+from .own_code import is_own, load_own
+from .own_method import as_method
 
 KNOBS = {field.name: field for field in fields(Method) if "help" in field.metadata}
 PARSERS = {"lam": parse_lam, "layers": parse_layers, "ip_layers": parse_layers}

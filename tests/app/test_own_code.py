@@ -31,6 +31,41 @@ def test_its_folder_is_importable_and_nothing_of_it_stays(folder):
     assert sys.path == before and "helpers" not in sys.modules
 
 
+def test_the_sha256_covers_the_neighbours_that_it_imports(folder):
+    """By content: modules and packages of its folder, however deep; nothing else that lies there or was loaded."""
+    (folder / "lib").mkdir()
+    files = {"mine.py": "import helpers, lib.deep, json\nvalue = 7\n", "helpers.py": "import third\n",
+             "third.py": "", "lib/deep.py": "depth = 2\n", "unused.py": ""}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    digests = {"": load_own(f"{folder}/mine.py:value")[1]}
+    assert load_own(f"{folder}/mine.py:value")[1] == digests[""] and "lib" not in sys.modules
+    for name, text in files.items():
+        (folder / name).write_text(text + "# changed\n")
+        digests[name] = load_own(f"{folder}/mine.py:value")[1]
+        (folder / name).write_text(text)
+    assert digests.pop("unused.py") == digests[""]
+    assert len(set(digests.values())) == 5
+
+
+def test_what_the_folder_holds_of_others_stays_loaded(folder, monkeypatch):
+    """A file in the root of a clone has isadca itself, and perhaps a virtual environment, in its folder."""
+    (folder / "clone").mkdir()
+    (folder / "clone" / "__init__.py").write_text("")
+    (folder / "clone" / "part.py").write_text("")
+    (folder / "venv" / "site").mkdir(parents=True)
+    (folder / "venv" / "site" / "installed.py").write_text("")
+    (folder / "mine.py").write_text("import clone.part, installed\nvalue = 7\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(folder / "venv" / "site")
+    __import__("clone")
+    digest = hashlib.sha256((folder / "mine.py").read_bytes()).hexdigest()
+    assert load_own(f"{folder}/mine.py:value") == (7, digest)
+    assert {"clone.part", "installed"} <= sys.modules.keys()
+    for name in ("clone", "clone.part", "installed"):
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_a_dataclass_in_it_works(folder):
     (folder / "mine.py").write_text("from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
                                     "class D:\n    x: int = 3\nmade = D()\n")
@@ -128,6 +163,16 @@ def test_a_recipe_does_not_run_code_and_notices_other_code(folder, capsys):
         capsys.readouterr()
         refused(capsys, ["vary", "--recipe", "x.png", "-o", "z.png", "-q", flag, where], f"made with another {flag}")
         (folder / "mine.py").write_text(PLAIN)
+
+
+def test_a_recipe_notices_a_changed_neighbour(folder, capsys):
+    (folder / "mine.py").write_text(f"import helpers\n{PLAIN}")
+    (folder / "helpers.py").write_text("")
+    where = f"{folder}/mine.py:mine"
+    assert main(vary("--method", where, "-o", "x.png")) == 0
+    (folder / "helpers.py").write_text("# changed\n")
+    capsys.readouterr()
+    refused(capsys, ["vary", "--recipe", "x.png", "-o", "z.png", "-q", "--method", where], "made with another --method")
 
 
 def test_problems_say_where(folder):
