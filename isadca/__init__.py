@@ -21,7 +21,7 @@ _HOME = {"attention": ["Site", "attend", "attend_reference", "attention_probs", 
          "common.masks": ["masked"],
          "common.sheets": ["contact_sheet"],
          "common.problem": ["Problem"],
-         "evaluation.evaluate": ["evaluate"], "evaluation.systems": ["System"],
+         "evaluation.run": ["evaluate"], "evaluation.systems": ["System"],
          "app.record": ["record"], "app.saved_reference": ["load_reference", "save_reference"]}
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE)

@@ -14,7 +14,7 @@ from .common.images import load_image as load_image, save_png as save_png
 from .common.masks import masked as masked
 from .common.sheets import contact_sheet as contact_sheet
 from .common.problem import Problem as Problem
-from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.run import evaluate as evaluate
 from .evaluation.systems import System as System
 from .app.record import record as record
 from .app.saved_reference import load_reference as load_reference, save_reference as save_reference

@@ -6,7 +6,7 @@ from argparse import Namespace
 from tqdm import tqdm
 
 from ..common.problem import Problem
-from ..evaluation.evaluate import evaluate as make_and_measure
+from ..evaluation.run import evaluate as make_and_measure
 from ..evaluation.processes import own_device
 from ..loading.load import load
 from .console import note

@@ -5,13 +5,19 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from ..common.images import to_tensor
+from ..common.images import clip_pixels, to_tensor
 from ..common.problem import Problem
-from .clip_pair import CLIPPair, load_clip
+from ..loading.checkpoints import load_into, without_values
+from ..loading.load import build, default_weights, find_part
+from ..networks.clip import CLIPText, CLIPVision
+from ..networks.sizes import CLIPTextConfig
+from ..networks.tokenizer import Tokenizer
 from .metrics import CAPTION, clip_score, clip_similarity, load_metric, lpips, luma, sifid, ssim
 
 # name -> its heading in the table, whether higher is better, and its files in the metrics folder
@@ -30,6 +36,42 @@ def metric_lacks(metric: str, folder: Path) -> str:
     return next((f"{folder / file}: no such file" for file in METRICS[metric][2] if not (folder / file).exists()), "")
 
 
+class CLIPPair(NamedTuple):
+    text: CLIPText
+    vision: CLIPVision
+    tokenizer: Tokenizer
+
+    def embed_text(self, text: str) -> Tensor:
+        """-> (1,P)"""
+        return self.text.embed(self.tokenizer([text]).to(self._device))
+
+    def embed_picture(self, picture: Image.Image) -> Tensor:
+        """-> (1,P)"""
+        return self.vision(clip_pixels(picture, self.vision.config.image_size).to(self._device))[0]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.vision.parameters()).device
+
+
+def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> CLIPPair:
+    """Both halves from one file, as openai/clip-vit-large-patch14 publishes them; float32.
+
+    Without a config.json it has to be that one: shapes do not tell the number of heads or the activation. The
+    vocabulary is the folder's, or CLIP's own."""
+    folder = Path(folder)
+    text, vision = (find_part(folder, kind, torch.float32) for kind in ("text", "vision"))
+    if "text_projection.weight" not in text.shapes:
+        raise Problem(f"{text.path}: its texts and pictures are not embedded in one space; the metrics take a "
+                      "whole CLIP, such as openai/clip-vit-large-patch14")
+    with without_values():
+        known = CLIPText(CLIPTextConfig(projection_dim=768))
+    networks = [build(text) if (text.path.parent / "config.json").is_file() else known, build(vision)]
+    text_net, vision_net = (load_into(net, part, torch.float32, device) for net, part in zip(networks, (text, vision)))
+    words = folder if (folder / "vocab.json").is_file() else default_weights().parent / "tokenizer"
+    return CLIPPair(text_net, vision_net, Tokenizer.from_folder(words, text_net.config.max_tokens))
+
+
 class Judge:
     """The metrics asked for, with the weights that they share loaded once. Raises Problem for an unknown name and,
     naming the file, for weights that are missing."""
@@ -42,16 +84,12 @@ class Judge:
             if why := metric_lacks(name, folder):
                 raise Problem(f"{why}, which the metric {name} needs; see weights/README.md for where people get it, "
                               "or leave it out of --metrics")
-        self._distances: dict[str, Callable] = {}
+        self._distances: dict[str, Callable] = {"ssim": ssim, "ssim-luma": lambda a, b: ssim(luma(a), luma(b))}
         for kind in ("alex", "vgg"):
             if f"lpips-{kind}" in names:
                 trunk, heads = (load_metric(folder / file, what, device)
                                 for file, what in zip(METRICS[f"lpips-{kind}"][2], (kind, f"{kind} heads")))
                 self._distances[f"lpips-{kind}"] = partial(lpips, kind=kind, trunk=trunk, heads=heads)
-        if "ssim" in names:
-            self._distances["ssim"] = ssim
-        if "ssim-luma" in names:
-            self._distances["ssim-luma"] = lambda a, b: ssim(luma(a), luma(b))
         if "sifid" in names:
             inception = load_metric(folder / "inception.safetensors", "inception", device)
             self._distances["sifid"] = partial(sifid, inception=inception)
@@ -61,7 +99,7 @@ class Judge:
     def __call__(self, variation: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
         """The number of each metric. Raises Problem where one is not a number."""
         a, b = (to_tensor(picture).to(self.device) for picture in (variation, reference))
-        numbers = {name: distance(a, b).item() for name, distance in self._distances.items()}
+        numbers = {name: self._distances[name](a, b).item() for name in self.names if name in self._distances}
         if self._clip:
             numbers |= clip_numbers(self._clip, variation, reference, prompt)
         for name in self.names:

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from isadca.app import cli
 from isadca.common.problem import Problem
-from isadca.evaluation.evaluate import list_items
 from isadca.evaluation.pairs import Pair, read_pairs
+from isadca.evaluation.report import over_pairs, overhead, spread, to_markdown
 from isadca.evaluation.results_folder import Item
-from isadca.evaluation.results_grids import spread
-from isadca.evaluation.results_table import over_pairs, overhead, to_markdown
+from isadca.evaluation.run import list_items
 from isadca.evaluation.systems import SYSTEMS
 
 DREAMBOOTH = """Classes

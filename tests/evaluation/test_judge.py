@@ -13,8 +13,7 @@ from transformers import CLIPModel, CLIPTokenizerFast
 
 from isadca.common.images import clip_pixels, to_tensor
 from isadca.common.problem import Problem
-from isadca.evaluation.clip_pair import load_clip
-from isadca.evaluation.judge import METRICS, Judge, metric_lacks
+from isadca.evaluation.judge import METRICS, Judge, load_clip, metric_lacks
 from isadca.evaluation.metrics import load_metric, lpips
 from isadca.loading.known_encoders import KNOWN_ENCODERS
 from isadca.networks.sizes import CLIPTextConfig

@@ -183,7 +183,7 @@ def test_other_code_of_the_package_makes_again(pairs, tmp_path, monkeypatch):
     """A fork that edits attention.py gets its own numbers, not those of before."""
     assert run("rival") == 0
     before = made(tmp_path / "results")
-    monkeypatch.setattr("isadca.evaluation.evaluate.code_sha256", lambda patterns: "edited")
+    monkeypatch.setattr("isadca.evaluation.run.code_sha256", lambda patterns: "edited")
     assert run("rival") == 0
     after = made(tmp_path / "results")
     assert before["rival-0.png"][0] != after["rival-0.png"][0]

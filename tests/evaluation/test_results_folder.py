@@ -18,9 +18,9 @@ from PIL import Image
 from isadca.app import cli
 from isadca.common.problem import Problem
 from isadca.evaluation import processes
-from isadca.evaluation.evaluate import describe
+from isadca.evaluation.run import describe
 from isadca.evaluation.pairs import Pair, read_pairs
-from isadca.evaluation.results_csv import to_csv
+from isadca.evaluation.report import to_csv
 from isadca.evaluation.results_folder import Item, check_settings
 from isadca.evaluation.systems import SYSTEMS
 

@@ -1,19 +1,69 @@
-"""table.md: what was measured, in the form of the paper's Table 1."""
+"""What a run leaves to be read: results.csv, a line a variation; table.md, in the form of the paper's Table 1; grids of
+pictures, in the form of its Figs. 3 and 4."""
 
+import csv
 import datetime
+import io
 import platform
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 
+from ..common.files import save_text
+from ..common.images import load_image, save_png
+from ..common.sheets import contact_sheet
 from ..loading.load import default_weights
 from ..networks.model import Model
 from .judge import METRICS
-
 from .results_folder import Item, Numbers
 from .systems import System
 
+SHOWN = 8  # pairs in a grid
+FIG_4 = ("isadca-0.5", "isadca", "isadca-prior")
+
+
+class Results(NamedTuple):
+    files: list[Path]  # results.csv, table.md and the grids; none under torchrun but from the first process
+    numbers: Numbers
+
+
+def write_results(items: list[Item], metrics: tuple[str, ...], out: Path, about: str) -> Results:
+    """The table and the grids of what the folder holds; `about` stands under the table."""
+    numbers = {item: item.numbers(out) for item in items}
+    systems = list(dict.fromkeys(item.system for item in items))
+    files = [out / name for name in ("results.csv", "table.md", "fig3.png")]
+    table = f"{to_markdown(numbers, metrics)}\n{overhead(numbers)}\n\n{about}\n"
+    for text, path in zip((to_csv(numbers, metrics), table), files):
+        save_text(text.encode(errors="backslashreplace").decode(), path)  # a path may hold bytes that are not text
+    save_png(grid(items, systems, out), files[2])
+    ablation = [system for name in FIG_4 for system in systems if system.name == name]
+    if ablation:
+        files.append(out / "fig4.png")
+        save_png(grid(items, ablation, out, upright=True), files[3])
+    return Results(files, numbers)
+
+
+# ---- results.csv -------------------------------------------------------------------------------------------------
+
+def to_csv(numbers: Numbers, metrics: tuple[str, ...]) -> str:
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["pair", "reference", "prompt", "system", "seed", *metrics, "seconds"])
+    for item, found in numbers.items():
+        words = map(as_text, (item.pair.reference.name, item.pair.prompt, item.system.name))
+        table.writerow([item.index, *words, item.seed, *(f"{found[key]:.6g}" for key in (*metrics, "seconds"))])
+    return out.getvalue()
+
+
+def as_text(cell: str) -> str:
+    """With a quote before what a spreadsheet would take for a formula."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
+# ---- table.md ----------------------------------------------------------------------------------------------------
 
 def to_markdown(numbers: Numbers, metrics: tuple[str, ...]) -> str:
     """Mean ± standard error over pairs, the best of a column in bold; then the paper's row."""
@@ -66,7 +116,7 @@ def overhead(numbers: Numbers) -> str:
             "8.6096 s against 8.3894 s (+2.63 %).")
 
 
-def about_run(items: list[Item], model: Model, steps: int, weights: Path, command: str) -> str:
+def about_run(items: list[Item], model: Model, steps: int, weights: Path) -> str:
     """What the table was made from, where and when; and whether it may be held against the paper's."""
     world = ("**Figures of the demo world** (64 × 64 pictures of emoji, a small model, and small metric networks that "
              "were trained in that world): they say nothing about Stable Diffusion 1.5, and only their order can be "
@@ -78,4 +128,27 @@ def about_run(items: list[Item], model: Model, steps: int, weights: Path, comman
     return (f"{world}{plural(len(pairs), 'pair')}, {plural(len(seeds), 'seed')}, {plural(steps, 'step')}, "
             f"{model.size} × {model.size}, "
             f"weights {weights.name} in {str(model.dtype).removeprefix('torch.')}; mean ± standard error over pairs. "
-            f"`{command}`, {device}, torch {torch.__version__}, {datetime.date.today()}.")
+            f"{device}, torch {torch.__version__}, {datetime.date.today()}.")
+
+
+# ---- grids -------------------------------------------------------------------------------------------------------
+
+def grid(items: list[Item], systems: list[System], results: Path, upright: bool = False) -> Image.Image:
+    """Fig. 3: a row a pair, the reference and then every system. `upright`, Fig. 4: a column a pair."""
+    made = {(item.index, item.system): item for item in reversed(items)}  # the first seed stays
+    shown = spread(items)
+    rows = []
+    for item in shown:
+        paths = [made[item.index, system].picture(results) for system in systems]
+        rows.append([load_image(path) for path in (paths[0].with_name("reference.png"), *paths)])
+    headings = ["reference", *(system.label.replace("λ", "lambda") for system in systems)]  # the font has no Greek
+    prompts = [item.pair.prompt for item in shown]
+    columns = list(map(list, zip(*rows)))
+    return contact_sheet(columns, prompts, headings) if upright else contact_sheet(rows, headings, prompts)
+
+
+def spread(items: list[Item]) -> list[Item]:
+    """One item of each pair to show: the first of every reference, then more."""
+    firsts = list({item.index: item for item in reversed(items)}.values())[::-1]
+    of_reference = {item.pair.reference: item for item in reversed(firsts)}
+    return sorted(firsts, key=lambda item: of_reference[item.pair.reference] is not item)[:SHOWN]

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -22,18 +21,11 @@ from ..networks.model import Model
 from .judge import METRICS, Judge, metric_lacks
 from .pairs import Pair, read_pairs
 from .processes import join, own_device, wait_for_others
-from .results_csv import to_csv
-from .results_folder import Item, Numbers, check_apart, check_settings, code_sha256, file_name, text_sha256
-from .results_grids import FIG_4, grid
-from .results_table import about_run, overhead, to_markdown
+from .report import Results, about_run, write_results
+from .results_folder import Item, check_apart, check_settings, code_sha256, file_name, text_sha256
 from .systems import SYSTEMS, Draw, System, find_extra, lacks, make_draw, system_fingerprint, system_of
 
-CODE = ("*.py", "networks/*.py", "evaluation/[!r]*.py")  # what makes pictures and numbers: all but results_*
-
-
-class Results(NamedTuple):
-    files: list[Path]  # results.csv, table.md and the grids; none under torchrun but from the first process
-    numbers: Numbers
+CODE = ("*.py", "networks/*.py", "evaluation/[!r]*.py", "evaluation/run.py")  # what makes pictures and numbers
 
 
 def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iterable | None = None,
@@ -43,8 +35,9 @@ def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iter
     """Make and measure every variation that `out` does not hold yet, and write the tables and grids there.
 
     `pairs`: a file or folder (see read_pairs), or a list of (reference, prompt). `systems`: names of SYSTEMS or of
-    presets, Method values, or functions Controls -> Attend, all whose weights are there unless given; `metrics`
-    likewise. `weights` is where the other systems' and the metrics' weights are looked for. `tell` receives notes.
+    presets, Systems, Methods, or functions Controls -> Attend; unless given, all of SYSTEMS whose weights are there.
+    `metrics` likewise. The weights that systems and metrics have of their own are looked for in `weights` and beside
+    it. `tell` receives notes.
     Raises Problem.
     """
     rank, ranks = join()
@@ -65,9 +58,7 @@ def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iter
     wait_for_others()
     if rank:  # the first process reports
         return Results([], {})
-    where = pairs if isinstance(pairs, (str, Path)) else "PAIRS"
-    about = about_run(items, model, steps, weights, f"isadca evaluate {where} -o {out}")
-    return write_results(items, metrics, out, about)
+    return write_results(items, metrics, out, about_run(items, model, steps, weights))
 
 
 def _available(lacking: dict[str, str], tell: Callable[[str], None]) -> list[str]:
@@ -142,25 +133,8 @@ def _make(items: list[Item], draws: dict[System, Draw], judge: Judge, out: Path,
 
 def check_drawn(variation: object, size: int, system: System) -> None:
     """Raises Problem for what a system of the user's own should not draw."""
-    found = type(variation).__name__
+    expected, drawn = f"{size}×{size}", type(variation).__name__
     if isinstance(variation, Image.Image):
-        if variation.size == (size, size):
-            return
-        found = f"{variation.width}×{variation.height}"
-    raise Problem(f"{system.name}: drew {found}, expected a picture of {size}×{size}")
-
-
-def write_results(items: list[Item], metrics: tuple[str, ...], out: Path, about: str) -> Results:
-    """The table and the grids of what the folder holds; `about` stands under the table."""
-    numbers = {item: item.numbers(out) for item in items}
-    systems = list(dict.fromkeys(item.system for item in items))
-    files = [out / name for name in ("results.csv", "table.md", "fig3.png")]
-    table = f"{to_markdown(numbers, metrics)}\n{overhead(numbers)}\n\n{about}\n"
-    for text, path in zip((to_csv(numbers, metrics), table), files):
-        save_text(text.encode(errors="backslashreplace").decode(), path)  # a path may hold bytes that are not text
-    save_png(grid(items, systems, out), files[2])
-    ablation = [system for name in FIG_4 for system in systems if system.name == name]
-    if ablation:
-        files.append(out / "fig4.png")
-        save_png(grid(items, ablation, out, upright=True), files[3])
-    return Results(files, numbers)
+        drawn = f"{variation.width}×{variation.height}"
+    if drawn != expected:
+        raise Problem(f"{system.name}: drew {drawn}, expected a picture of {expected}")
