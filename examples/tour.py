@@ -707,7 +707,7 @@ row(*[(f"seed {seed}", picture) for seed, picture in enumerate(pictures)])
 # To be good at one of them is easy. Return the reference, and the first is perfect.
 #
 # The cell makes the table for three systems over four pairs of a reference and a prompt, in ten steps
-# ([`evaluation.evaluate.evaluate`]; the command `isadca evaluate` makes the whole one). Four pairs say little: see
+# ([`evaluation.run.evaluate`]; the command `isadca evaluate` makes the whole one). Four pairs say little: see
 # how it is done, and do not believe the digits. (RIVAL shuffles the cells of $z_T$ before it starts: it means to
 # keep the look and not the place. Its SSIM is low by intention.)
 

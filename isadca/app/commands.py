@@ -18,7 +18,8 @@ from ..methods import Method, method_named
 from ..reference import reconstruct as without_control
 from .console import log, note, say
 from .flags import parse_lam
-from .own_code import is_own, own_method
+from .own_code import is_own
+from .own_method import own_method
 from .paths import writable
 from .recipe import read_recipe
 from .saved_reference import save_reference

@@ -1,5 +1,4 @@
-"""Which metrics there are, which weights each reads, and the judge that measures a variation by them. The formulas are
-in metrics.py."""
+"""Which metrics there are, which weights each reads, and the judge that applies the formulas of metrics.py."""
 
 import math
 from collections.abc import Callable
