@@ -9,11 +9,13 @@ transformer of C channels on N cells costs, beyond its linear layers,
     4·N²·C more       for ISA, whose keys are the reference's and z_t's own; nothing more where it replaces
     4·N²·C more       for the blend of plain attention and ISA where a kernel does not tell its softmax's sum
     4·N·M·C           cross-attention to M tokens: 77 of text, and 4 more of the picture for DCA
+
+Memory is counted in maps of N × C numbers at the finest level, where the UNet is at its fullest: see `activations`.
 """
 
 from isadca.networks.sizes import UNetConfig
 
-TEXT, IMAGE, STEPS = 77, 4, 50
+TEXT, IMAGE, STEPS, AT_ONCE = 77, 4, 50, 5
 
 
 def transformers(config: UNetConfig, side: int) -> list[tuple[int, int]]:
@@ -68,6 +70,21 @@ def kept(config: UNetConfig = UNetConfig(), side: int = 64, itemsize: int = 2) -
     return sum(2 * n * c * itemsize for n, c in transformers(config, side))
 
 
+def activations(config: UNetConfig = UNetConfig(), side: int = 64, itemsize: int = 2) -> int:
+    """Bytes of one row at the UNet's fullest moment, the last transformer's feed-forward, whatever its attention: 8
+    maps of values and gates, 4 of gelu(gates), 4 of their product, 6 of the transformer's residuals, norms and tokens;
+    a map of each earlier layer of the block and of each skip; and the block's input, as wide as the level below."""
+    layers, (c0, c1, *_) = config.layers_per_block, config.channels
+    return ((8 + 4 + 4 + 6 + layers + layers + 1) * c0 + c1) * side**2 * itemsize
+
+
+def memory(rows: int, reference: bool, config: UNetConfig = UNetConfig(), side: int = 64, itemsize: int = 2) -> int:
+    """Bytes beside the weights in a job whose steps have `rows` rows. The reference is replayed a chunk of steps at
+    once, and the chunk before is not let go until the first step of the new one is done."""
+    row, chunk = activations(config, side, itemsize), AT_ONCE * kept(config, side, itemsize)
+    return max(rows, AT_ONCE) * row + 2 * chunk if reference else rows * row
+
+
 def systems() -> dict[str, tuple[int, int]]:
     """FLOP of one guided step: for each variation, and for the reference whatever their number."""
     plain, isa, dca = forward(), forward(self_products=2), forward(tokens=TEXT + IMAGE)
@@ -89,6 +106,12 @@ def main() -> None:
         jobs = [STEPS * (each + (shared + inversion) / n) / 1e12 for n in (1, 4, 16)]
         cells = [f"{(each + shared) / 1e9:,.0f}", f"{(each + shared) / base - 1:+.1%}", *(f"{job:.1f}" for job in jobs)]
         print(f"| {name} | {' | '.join(cells)} |")
+    print("\n| memory beside the weights, GB, half precision | rows of a step | N = 1 | 4 | 16 |")
+    print("|---|---|---|---|---|")
+    for name, rows in {"plain text to image": 2, "ISA alone, attention mix": 2, "noise mix": 4}.items():
+        cells = [f"{memory(n * rows, rows == 4 or 'ISA' in name) / 1e9:.2f}" for n in (1, 4, 16)]
+        print(f"| {name} | {rows}·N | {' | '.join(cells)} |")
+    print(f"| RIVAL's rows, one picture at a time | 4 {f'| {memory(4, False) / 1e9:.2f} ' * 3}|")
     print(f"\nA step of the reference keeps {kept() / 1e6:.0f} MB of keys and values in half precision: "
           f"{5 * kept() / 1e6:.0f} MB for the 5 replayed at once, {STEPS * kept() / 1e9:.1f} GB for all {STEPS}.")
     print(f"A prompt's keys and values: {text_keys_values() / 1e9:.1f} GFLOP once, in place of every step.")

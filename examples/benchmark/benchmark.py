@@ -56,9 +56,8 @@ class Bench:
     def compare(self, name: str, ours: Callable, theirs: Callable, by: str = "diffusers") -> None:
         """Time both in alternation after a warm-up each; outputs that are tensors are compared."""
         first, second = ours(), theirs()
-        differs = ""
-        if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-            differs = f"{(first.float() - second.float()).abs().max().item():.1e}"
+        tensors = isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+        differs = f"{(first.float() - second.float()).abs().max().item():.1e}" if tensors else ""
         times, system, spent = ([], []), 0.0, 0.0
         for _ in range(self.rounds):
             for side, run in enumerate((ours, theirs)):

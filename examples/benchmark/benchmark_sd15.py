@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 from demo_files import config_json, save_pipeline
+from gpu import adapter_shapes
 from safetensors.torch import save_file
 
 from isadca.loading.load import default_weights
 from isadca.networks.clip import CLIPText, CLIPVision
-from isadca.networks.ip_adapter import IPAdapter, numbered
+from isadca.networks.ip_adapter import IPAdapter
 from isadca.networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from isadca.networks.unet import UNet
 from isadca.networks.vae import VAE
@@ -28,7 +29,8 @@ def random_sd15(folder: Path) -> Path:
         settings = config_json(config) | ({"norm_num_groups": 32} if name in ("unet", "vae") else {})
         (folder / name / "config.json").write_text(json.dumps(settings))
         if name == "unet":
-            save_file(IPAdapter(adapter_shapes(net)).state_dict(), folder / "ip-adapter_sd15.safetensors")
+            adapter = IPAdapter(adapter_shapes(net, embed_dim=1024))
+            save_file(adapter.state_dict(), folder / "ip-adapter_sd15.safetensors")
         del net
     tokenizer = default_weights().parent / "tokenizer"
     (folder / "tokenizer").mkdir(exist_ok=True)
@@ -36,13 +38,3 @@ def random_sd15(folder: Path) -> Path:
         (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     save_pipeline(folder)
     return folder
-
-
-def adapter_shapes(unet: UNet, tokens: int = 4, embed_dim: int = 1024) -> dict[str, tuple[int, ...]]:
-    """Those of ip-adapter_sd15.safetensors."""
-    context = unet.config.context_dim
-    shapes = {"image_proj.proj.weight": (tokens * context, embed_dim), "image_proj.norm.weight": (context,)}
-    for number, site in numbered(unet.sites).items():
-        wide = unet.get_submodule(site.name).to_q.out_features
-        shapes |= {f"ip_adapter.{number}.to_{x}_ip.weight": (wide, context) for x in "kv"}
-    return shapes

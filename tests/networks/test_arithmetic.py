@@ -5,9 +5,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_model
+from memory import LiveBytes
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import isadca
 from isadca.attention import attend, blend, by_kind, capture, dca, isa
 from isadca.networks.sizes import UNetConfig
 from isadca.networks.unet import UNet
@@ -65,6 +68,42 @@ def test_the_counts_of_sd15():
     assert arithmetic.forward() + arithmetic.text_keys_values() == pytest.approx(803.3e9, rel=1e-3)
     assert arithmetic.forward(self_products=2) / arithmetic.forward() == pytest.approx(1.153, abs=1e-3)
     assert arithmetic.kept() == pytest.approx(46.2e6, rel=1e-3)
+
+
+def fused(q, k, v, site=None):
+    """What a fused kernel holds: its output, and no N × M scores."""
+    return torch.empty_like(q)
+
+
+@pytest.mark.parametrize("config, side, device, kernel",
+                         [(UNetConfig(), 64, "meta", fused), (SMALL, 16, "cpu", attend)], ids=["SD1.5", "small"])
+def test_the_peak_of_a_forward_is_the_closed_form(config, side, device, kernel):
+    """The same under every attention, for any number of rows, within 1 %: the time embedding is left out."""
+    with torch.device(device):
+        unet = UNet(config).requires_grad_(False)
+        z, context, store = torch.randn(2, 4, side, side), torch.randn(1, 77, config.context_dim), {}
+        kv = unet.keys_values(context)
+        unet(z[:1], 1, kv, capture(store, kernel))
+        row, kept = (f(config, side, itemsize=4) for f in (arithmetic.activations, arithmetic.kept))
+        replayed = isa(store, kernel=kernel)
+        for f in (kernel, replayed, blend(kernel, replayed, 0.7), capture({}, kernel)):
+            keeps = "capture" in f.__qualname__
+            with LiveBytes() as live:
+                unet(z, 1, kv, f)
+            assert live.peak == pytest.approx(2 * (row + keeps * kept), rel=0.01)
+
+
+@pytest.mark.parametrize("mix, rows", [("attention", 2), ("noise", 4)])
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_peak_of_a_job_is_the_closed_form(mix, rows, n):
+    """On the CPU: where the replay has more rows than a step, and where fewer; the rest is latents and text."""
+    model = tiny_model(torch.float32)
+    ref = isadca.invert(model, Image.new("RGB", (64, 64), "gray"), steps=12, size=64)
+    run = isadca.Run("a lemon", isadca.Method(mix=mix, init="shuffle"), tuple(range(n)))
+    with LiveBytes() as live:
+        isadca.sample(model, ref, [run])
+    expected = arithmetic.memory(n * rows, True, model.unet.config, side=32, itemsize=4)
+    assert live.peak == pytest.approx(expected, rel=0.05)
 
 
 def test_the_page_has_the_table_that_the_script_prints(capsys):
