@@ -67,7 +67,6 @@ class Session:
         self._read = {f"--{name}": sha256(Path(path)) for name in ("mask", "keep", "also")
                       if (path := getattr(args, name, None)) and Path(path).is_file()}
         self._hashes = recipes.hash_files(recipes.inputs_of(files, weights, find_tokenizer(weights)))
-        self.picture: Picture = None  # type: ignore[assignment]  # until `open`
 
     @property
     def hashes(self) -> dict[str, str]:
