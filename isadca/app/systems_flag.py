@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from ..common.problem import Problem
@@ -28,7 +29,7 @@ def _parse(text: str) -> System:
     if not isinstance(system.method, Method):
         raise Problem(f"--systems has {text!r}, but {base} is not a method of the loop and has no fields to change")
     values = dict(_field(change, text) for change in re.split(r":(?=[\w-]+=)", changes))
-    return System(text, text, replace(system.method, **values), code=system.code)
+    return System(text, Path(text).name, replace(system.method, **values), code=system.code)
 
 
 def _own(where: str) -> System:
@@ -36,7 +37,7 @@ def _own(where: str) -> System:
     value, digest = load_own(where, "--systems")
     if isinstance(value, System):
         return replace(value, code=digest)
-    return System(where, where, as_method(value, where), code=digest)
+    return System(where, Path(where).name, as_method(value, where), code=digest)
 
 
 def _field(change: str, text: str) -> tuple[str, Any]:

@@ -126,9 +126,8 @@ def about_run(items: list[Item], model: Model, steps: int, weights: Path) -> str
               else f"{plural(torch.get_num_threads(), 'thread')} ({platform.machine()})")
     pairs, seeds = {item.index for item in items}, {item.seed for item in items}
     return (f"{world}{plural(len(pairs), 'pair')}, {plural(len(seeds), 'seed')}, {plural(steps, 'step')}, "
-            f"{model.size} × {model.size}, "
-            f"weights {weights.name} in {str(model.dtype).removeprefix('torch.')}; mean ± standard error over pairs. "
-            f"{device}, torch {torch.__version__}, {datetime.date.today()}.")
+            f"{model.size} × {model.size}, weights {weights.name} in {str(model.dtype).removeprefix('torch.')}; "
+            f"mean ± standard error over pairs. {device}, torch {torch.__version__}, {datetime.date.today()}.")
 
 
 # ---- grids -------------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ def test_fields_after_a_colon():
     assert third.method == Method(mix="attention", t_start=900, layers=(2, 3, 4), ip_layers=(1,),
                                   lam=Linear(1, 0))
     assert callable(own.method.mix) and len(own.code) == 64
+    assert own.label == "my_attention.py:my_attention"  # a sheet's columns are narrow
 
 
 @pytest.mark.parametrize("text, message", [
