@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import theirs as diffusers_side
 import torch
+from tolerances import CHAIN
 from torch.testing import assert_close
 
 import isadca
@@ -98,14 +99,15 @@ def test_the_choices_above_show_in_the_picture(demo, cat):
 @pytest.mark.parametrize("steps, prompt", [(50, ""), (7, "a cat")])
 def test_inversion_is_diffusers_inverse_scheduler(demo, cat, theirs, steps, prompt):
     """Every level of the chain, in float32: the schedule, RIVAL's label convention and the first level, ᾱ[0]."""
-    assert_close(isadca.invert(demo, cat, steps, prompt).chain, theirs.invert(cat, steps, prompt), atol=1e-4, rtol=0)
+    assert_close(isadca.invert(demo, cat, steps, prompt).chain, theirs.invert(cat, steps, prompt), rtol=0,
+                 atol=CHAIN[torch.float32])
 
 
 @pytest.mark.parametrize("steps, size", [(30, (16, 16)), (8, (48, 32))])
 def test_inversion_in_float64(demo64, cat, theirs64, steps, size):
     small = cat.resize(size)
     ours = isadca.invert(demo64, small, steps, size=size).chain
-    assert_close(ours, theirs64.invert(small, steps), atol=1e-10, rtol=0)
+    assert_close(ours, theirs64.invert(small, steps), atol=CHAIN[torch.float64], rtol=0)
 
 
 @pytest.mark.parametrize("prompt", ["", "a cat"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import DEMO
 from PIL import Image
+from tolerances import TEXT_HALF
 from torch import nn
 from twins import adapter_shapes, random_state, shapes_of
 
@@ -137,7 +138,7 @@ def test_causal_mask_is_finite_in_half_precision(kernel, dtype):
     assert torch.equal(after[:, :, :5], y[:, :, :5]) and not torch.equal(after[:, :, 5:], y[:, :, 5:])
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float16, 0.02), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("dtype, atol", TEXT_HALF.items())
 def test_text_encoder_is_finite_in_half_precision(dtype, atol):
     text, ids = tiny_text(), torch.tensor([[18, 2, 5] + [END] * 5])
     expected = text(ids)

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import UNet2DConditionModel
+from tolerances import NETWORK
 from torch import Tensor
 
 from isadca.loading.checkpoints import load_into
 from isadca.loading.load import build, find_part
 from isadca.networks.ip_adapter import IPAdapter
 
-PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]  # largest absolute error on outputs of order one
-BY_PRECISION = dict(argnames="dtype, atol", argvalues=PRECISIONS, ids=["fp64", "fp32"])
+BY_PRECISION = dict(argnames="dtype, atol", argvalues=list(NETWORK.items()), ids=["fp64", "fp32"])
 
 
 def random_state(shapes: dict, seed: int = 0) -> dict[str, Tensor]:
