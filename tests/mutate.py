@@ -44,13 +44,13 @@ from reach import Only, Reach
 HERE = Path(__file__).parent
 PACKAGE, CACHE = HERE.parent / "isadca", HERE / ".mutants"
 TESTS = {  # in this order: what notices most, and what is quick, first
-    "attention.py": ["heart/test_attention.py", "heart/test_attention_identities.py", "heart/test_loop.py",
-                     "heart/test_own_ideas.py"],
+    "attention.py": ["heart/test_attention.py", "heart/test_attention_identities.py", "heart/test_loop.py"],
     "ddim.py": ["heart/test_ddim.py", "heart/test_reference.py"],
     "methods.py": ["heart/test_loop.py", "heart/test_rival.py", "heart/test_own_ideas.py", "app/test_cli.py"],
     "reference.py": ["heart/test_reference.py", "heart/test_rival.py", "heart/test_batches.py"],
     "loop.py": ["heart/test_loop.py", "heart/test_batches.py", "heart/test_rival.py", "heart/test_own_ideas.py",
                 "app/test_cli.py"],
+    "common/masks.py": ["heart/test_own_ideas.py"],
     "networks/blend_isa.py": ["heart/test_attention.py", "heart/test_attention_identities.py"],
     "networks/ip_adapter.py": ["networks/test_ip_adapter.py", "networks/test_traps.py", "heart/test_loop.py"],
     "networks/patch_projections.py": ["networks/test_ip_adapter.py"],
@@ -63,6 +63,8 @@ TESTS = {  # in this order: what notices most, and what is quick, first
     "evaluation/metrics.py": ["evaluation/test_metrics.py"],
     "loading/layouts.py": ["loading/test_loading.py", "loading/test_checkpoints.py",
                            "loading/test_published_variants.py"],
+    "loading/original.py": ["loading/test_loading.py", "loading/test_checkpoints.py",
+                            "loading/test_published_variants.py"],
     "loading/config_json.py": ["loading/test_config_json.py", "loading/test_published_variants.py",
                                "loading/test_bad_weights.py"],
     "loading/checkpoints.py": ["loading/test_checkpoints.py", "loading/test_loading.py", "loading/test_load.py",
