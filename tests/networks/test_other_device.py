@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from controlnet_shuffle import ControlNet, restyle
 from image_variations import vary_image
 from PIL import Image
 
 import isadca
 from isadca import loop, reference
+from isadca.app.own_code import load_own
 from isadca.loading.load import vae_dtype
 from isadca.networks import prior
 from isadca.networks.clip import CLIPText
@@ -83,6 +84,21 @@ def test_masks_more_references_and_the_way_back_stay_there(waits, dtype):
     isadca.vary(model, ref, "a lemon", mix="attention", mask=half, replayed=list(isadca.replay(model, ref)))
     isadca.reconstruct(model, ref)
     model.noise(ref.chain[:1], 500, model.context(["a"]), edit=lambda h, place: 1.2 * h)
+
+
+GALLERY = [path for path in sorted((ROOT / "examples" / "methods").glob("*.py"))
+           if f"\n{path.stem.upper()} = " in path.read_text(encoding="utf-8")]
+
+
+@DTYPES
+@pytest.mark.parametrize("path", GALLERY, ids=lambda path: path.stem)
+def test_the_gallerys_methods_stay_there(waits, path, dtype):
+    model = there(dtype)
+    ref = isadca.invert(model, PICTURE, steps=3)
+    method, _ = load_own(f"{path}:{path.stem.upper()}")
+    waits.clear()
+    isadca.vary(model, ref, "a lemon", method, seeds=(0, 1))
+    assert waits == ["sampling"] + ["decoding", "picture"] * 2
 
 
 @DTYPES
