@@ -2,6 +2,7 @@
 the path."""
 
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from .console import log, note, say
 from .flags import parse_lam
 from .own_code import is_own
 from .own_method import own_method
-from .paths import writable
+from .paths import is_file_of_prompts, prompts_of, writable
 from .recipe import read_recipe
 from .saved_reference import save_reference
 from .session import Picture, Session, method_of
@@ -31,25 +32,29 @@ def vary(args: Namespace) -> None:
     lam = None if args.lam is None else parse_lam(args.lam)
     if args.log:
         writable(args.log, args.log.suffix.lower(), args, "--log")
-    several = len(args.refs) > 1 or Path(args.refs[0]).is_dir()
+    prompts = prompts_of(args.prompt)
+    several = len(args.refs) > 1 or Path(args.refs[0]).is_dir() or is_file_of_prompts(args.prompt)
     if args.out.is_dir() or several and not args.out.suffix:
-        return _vary_all(args, method_of(args, lam), _in_folder(args))
+        return _vary_all(args, method_of(args, lam), _in_folder(args, prompts))
     if several:
-        raise Problem(f"{args.out}: is one file, but REF is {', '.join(args.refs)}; give one REF and a PROMPT in "
-                      "quotes, or a folder with -o")
+        raise Problem(f"{args.out}: is one file, but REF is {', '.join(args.refs)} and PROMPT {args.prompt}; give one "
+                      "REF and a PROMPT in quotes, or a folder with -o")
     outs, method, picture = _numbered(args, args.out), method_of(args, lam), Picture(args.refs[0])
     _vary(Session(args, [method]), picture, method, outs)
 
 
-def _vary_all(args: Namespace, method: Method, jobs: dict[str, Path]) -> None:
+def _vary_all(args: Namespace, method: Method, jobs: dict[str, dict[str, Path]]) -> None:
     if args.grid:
         raise Problem("--grid is of one reference; leave it out for a folder")
     session, failed = Session(args, [method]), 0
     args.out.mkdir(exist_ok=True)
     bar, args.quiet = session.progress(list(jobs.items()), "references"), True
-    for ref, out in bar:
+    for ref, outs in bar:
         try:
-            _vary(session, Picture(ref), method, _numbered(args, out), folder=True)
+            picture = Picture(ref)
+            for prompt, out in outs.items():
+                args.prompt = prompt
+                _vary(session, picture, method, _numbered(args, out), folder=True)
         except Problem as problem:
             say(str(problem))
             failed += 1
@@ -83,8 +88,8 @@ def _vary(session: Session, picture: Picture, method: Method, outs: dict[int, Pa
         print(args.grid)
 
 
-def _in_folder(args: Namespace) -> dict[str, Path]:
-    """The output of every picture among the references or inside them."""
+def _in_folder(args: Namespace, prompts: list[str]) -> dict[str, dict[str, Path]]:
+    """For every picture among the references or inside them: prompt -> output. A file's prompts are in the name."""
     kinds = {f".{kind.lower()}" for kind in FORMATS} | {".jpg", ".tif", ".safetensors"}
     refs: list[Path] = []
     for place in map(Path, args.refs):
@@ -92,10 +97,16 @@ def _in_folder(args: Namespace) -> dict[str, Path]:
         if not found:
             raise Problem(f"{place}: no pictures in it, expected {', '.join(FORMATS)}")
         refs += found
-    stems = [ref.stem for ref in refs]
-    if twice := [stem for stem in stems if stems.count(stem) > 1]:
-        raise Problem(f"two references are called {twice[0]}, and so would be their pictures; rename one")
-    return {str(ref): args.out / f"{ref.stem}.png" for ref in refs}
+    ends = {prompt: "" if prompt == args.prompt else f"-{_words(prompt)}" for prompt in prompts}
+    names = [f"{ref.stem}{end}.png" for ref in refs for end in ends.values()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise Problem(f"two pictures would be called {twice[0]}; rename a reference, or reword a prompt")
+    return {str(ref): {prompt: args.out / f"{ref.stem}{end}.png" for prompt, end in ends.items()} for ref in refs}
+
+
+def _words(prompt: str) -> str:
+    """What a file's name holds of its prompt."""
+    return "-".join(re.findall(r"\w+", prompt.lower()))[:60]
 
 
 def _there(path: Path, recipe: dict, overwrite: bool) -> bool:

@@ -94,9 +94,9 @@ def _vary(commands) -> None:
                          'isadca vary examples/cat.png "a lemon" -o lemon.png --lam 0.7')
     p.usage = "isadca vary REF [REF ...] PROMPT -o OUT [flags]"
     add = groups.basic.add_argument
-    add("words", nargs="*", metavar="REF PROMPT", help="pictures, a folder of them, or what isadca invert wrote; the "
-        "prompt comes last")
-    _out(groups, "OUT", "a .png; a folder for several pictures", required=False)  # an unknown flag is named first
+    add("words", nargs="*", metavar="REF PROMPT", help="pictures, folders of them, or what isadca invert wrote; "
+        "last the prompt, or a .txt file with one a line")
+    _out(groups, "OUT", "a .png; a folder for several", required=False)  # an unknown flag is named first
     _generation(groups, lam=True)
     add("--grid", type=Path, metavar="SHEET.png", help="with --n: also a contact sheet")
     add("--recipe", metavar="PNG", help="make a picture of isadca vary again; other flags change it")

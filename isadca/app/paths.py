@@ -25,6 +25,8 @@ def inputs(args: Namespace) -> Iterator[tuple[str, str]]:
     for name in CODE:
         if file := (getattr(args, name, None) or "").rpartition(":")[0]:
             yield f"--{name}", file
+    if is_file_of_prompts(prompt := getattr(args, "prompt", "")):
+        yield "PROMPT", prompt
 
 
 def check_inputs(args: Namespace) -> None:
@@ -61,6 +63,26 @@ def writable(path: Path, suffix: str, args: Namespace, flag: str = "-o") -> Path
         raise Problem(f"{path}: the folder {path.parent} is not writable; {another}")
     try_write(path)
     return path
+
+
+def is_file_of_prompts(prompt: str) -> bool:
+    return prompt.endswith(".txt")
+
+
+def prompts_of(prompt: str) -> list[str]:
+    """The prompt, or the lines of the text file that it names, without blank ones and comments. Raises Problem."""
+    if not is_file_of_prompts(prompt):
+        return [prompt]
+    try:
+        lines = [line.strip() for line in Path(prompt).read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise Problem(f"{prompt}: no file of prompts ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise Problem(f"{prompt}: is no text in UTF-8; save the prompts as that") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise Problem(f"{prompt}: no prompts in it, expected one a line")
+    return prompts
 
 
 def _same(path: Path, read: str) -> bool:

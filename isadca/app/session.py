@@ -74,6 +74,8 @@ class Session:
 
     def open(self, picture: Picture, steps: int = 50) -> None:
         """Invert the picture, or take the saved inversion. Raises Problem where a recipe says it is another."""
+        if picture is getattr(self, "picture", None):  # open already, for another prompt
+            return
         args, self.picture = self.args, picture
         if source := getattr(args, "recipe_source", None):
             recipes.check_same(source, args.recipe, picture.path, picture.sha256, self.hashes)

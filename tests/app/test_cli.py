@@ -294,3 +294,48 @@ def float_or_text(text: str):
 def test_help_is_in_groups_the_basic_one_first():
     groups = [group.title for group in parser()[1]["vary"]._action_groups if group._group_actions]
     assert groups == ["options", "basic", "method", "files", "machine"]
+
+
+# ---- prompts of a file -------------------------------------------------------------------------------------------
+
+def test_prompts_of_a_file(isadca_cli, monkeypatch):
+    """One a line, in UTF-8; each reference is inverted once; what is there is left, a new line is made."""
+    inverted, invert = [], session.invert
+    monkeypatch.setattr(session, "invert", lambda *args, **named: inverted.append(1) or invert(*args, **named))
+    os.mkdir("in")
+    for name in ("cat.png", "dog.png"):
+        Image.open(CAT).save(f"in/{name}")
+    with open("prompts.txt", "w", encoding="utf-8") as file:
+        file.write("\ufeff# what we want\n\na lemon\n  ein Löwe, 🦁  \n")
+    argv = ["vary", "in", "prompts.txt", "-o", "out", "-q", "--log", "log.jsonl"]
+    code, out, err = isadca_cli(*argv)
+    assert (code, err, len(inverted)) == (0, "", 2)
+    assert out == [f"out/{name}.png" for name in ("cat-a-lemon", "cat-ein-löwe", "dog-a-lemon", "dog-ein-löwe")]
+    assert read_recipe("out/cat-ein-löwe.png")["args"]["prompt"] == "ein Löwe, 🦁"
+    assert [json.loads(line)["prompt"] for line in open("log.jsonl")] == ["a lemon", "ein Löwe, 🦁"] * 2
+    assert isadca_cli("vary", CAT, "a lemon", "-o", "alone.png")[0] == 0
+    assert (pixels("alone.png") == pixels("out/cat-a-lemon.png")).all()
+    with open("prompts.txt", "a", encoding="utf-8") as file:
+        file.write("a pig")
+    code, out, err = isadca_cli(*argv)
+    assert code == 0 and out == ["out/cat-a-pig.png", "out/dog-a-pig.png"]
+    assert err.count("is there") == err.count("\n") == 4
+    code, out, err = isadca_cli(*argv, "--lam", "0")
+    assert (code, out) == (0, []) and err.count("has another recipe and is left; --overwrite replaces it") == 6
+
+
+@pytest.mark.parametrize("text, flags, says", [
+    (b"# nothing\n\n", [], "prompts.txt: no prompts in it, expected one a line"),
+    (b"caf\xe9\n", [], "prompts.txt: is no text in UTF-8; save the prompts as that"),
+    (None, [], "prompts.txt: no file of prompts (No such file or directory); check the path"),
+    (b"a lemon\nA Lemon!\n", [], "two pictures would be called cat-a-lemon.png; rename a reference, or reword"),
+    (b"a lemon\n", ["-o", "a.png"], "a.png: is one file, but REF is"),
+    (b"a lemon\n", ["--grid", "g.png"], "--grid is of one reference"),
+    (b"a lemon\n", ["--log", "prompts.txt"], "prompts.txt: is what PROMPT names; choose another --log")])
+def test_prompts_that_cannot_be_read(isadca_cli, text, flags, says):
+    if text is not None:
+        open("prompts.txt", "wb").write(text)
+    before = os.listdir()
+    code, out, err = isadca_cli("vary", CAT, "prompts.txt", "-o", "out", *flags)
+    assert code == 2 and out == [] and says in err and err.count("\n") == 1
+    assert os.listdir() == before
