@@ -276,7 +276,7 @@ def conditions(model: Model, ref: Reference, runs: list[Run], o: Options = Optio
 def vary(model: Model, ref: Reference | Image.Image | str | Path, prompt: str | Sequence[str],
          method: Method | str = ISADCA, seeds: Iterable[int] | int = (0,), negative: str = "",
          **options) -> list[Image.Image]:
-    """Variations of a reference that follow a prompt, one picture per seed; several prompts are taken in turn.
+    """Variations that follow a prompt, one per seed (3 is one seed, range(3) three); several prompts are taken in turn.
 
     A picture or its path is inverted first. `options` are fields of `Options`, and of `Method`, which they change.
     """

@@ -40,16 +40,16 @@ def vary(args: Namespace) -> None:
         raise Problem(f"{args.out}: is one file, but REF is {', '.join(args.refs)} and PROMPT {args.prompt}; give one "
                       "REF and a PROMPT in quotes, or a folder with -o")
     outs, method, picture = _numbered(args, args.out), method_of(args, lam), Picture(args.refs[0])
-    _vary(Session(args, [method]), picture, method, outs)
+    _vary(Session(args, [method], samplings=1), picture, method, outs)
 
 
 def _vary_all(args: Namespace, method: Method, jobs: dict[str, dict[str, Path]]) -> None:
     if args.grid:
         raise Problem("--grid is of one reference; leave it out for a folder")
-    session, failed = Session(args, [method]), 0
+    samplings = sum(map(len, jobs.values()))
+    session, failed = Session(args, [method], len(jobs), samplings), 0
     args.out.mkdir(exist_ok=True)
-    bar, args.quiet = session.progress(list(jobs.items()), "references"), True
-    for ref, outs in bar:
+    for i, (ref, outs) in enumerate(jobs.items()):
         try:
             picture = Picture(ref)
             for prompt, out in outs.items():
@@ -58,6 +58,8 @@ def _vary_all(args: Namespace, method: Method, jobs: dict[str, dict[str, Path]])
         except Problem as problem:
             say(str(problem))
             failed += 1
+        samplings -= len(outs)
+        session.to_come = {"inverting": len(jobs) - i - 1, "sampling": samplings}
     if failed:
         raise Problem(f"{failed} of {len(jobs)} references failed, named above; mend them and run it again, what is "
                       "made is kept")
@@ -72,6 +74,7 @@ def _vary(session: Session, picture: Picture, method: Method, outs: dict[int, Pa
     if folder:
         outs = {seed: path for seed, path in outs.items() if not _there(path, recipe(seed), args.overwrite)}
     if not outs:
+        session.to_come["sampling"] -= 1
         return
     session.open(picture)
     runs = [Run(session.prompt(args.prompt), method, tuple(outs), session.prompt(args.negative))]
@@ -132,10 +135,10 @@ def _numbered(args: Namespace, out: Path) -> dict[int, Path]:
     return outs
 
 
-def _opened(args: Namespace, methods: Sequence[Method] = (), steps: int = 50) -> Session:
+def _opened(args: Namespace, methods: Sequence[Method] = (), steps: int = 50, samplings: int = 0) -> Session:
     """For the commands of one reference: it is read before the model, so that a bad one is named at once."""
     picture = Picture(args.ref)
-    session = Session(args, methods)
+    session = Session(args, methods, samplings=samplings)
     session.open(picture, steps)
     return session
 
@@ -145,7 +148,7 @@ def sweep(args: Namespace) -> None:
     out, method = writable(args.out, ".png", args), method_of(args)
     methods = [replace(method, lam=parse_lam(text)) for text in args.lam.split(",")]
     seeds = tuple(range(args.seed, args.seed + args.n))
-    session = _opened(args, methods)
+    session = _opened(args, methods * len(args.prompts), samplings=1)
     negative = session.prompt(args.negative)
     runs = [Run(session.prompt(prompt), each, seeds, negative) for prompt in args.prompts for each in methods]
     pictures = [decode(session.model, z) for z in session.sample(runs)]

@@ -66,7 +66,7 @@ def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progr
     [z] = sample(model, ref, [Run(prompt, recorder.method)], on_step=on_step, progress=progress)
     show = lambda latents: [uri(image) for image in decode(model, latents)]
     return {"version": __version__, "prompt": prompt, "words": [word for word, _ in words], "lam": method.lam,
-            "guidance": method.guidance, "size": ref.image.width, "times": [step.t for step in grid],
+            "guidance": method.guidance, "size": ref.image.size, "times": [step.t for step in grid],
             "reference": uri(ref.image), "reconstruction": uri(reconstruct(model, ref, progress=progress)),
             "chain": [{"t": grid[-i].t, "picture": picture} for i, picture in zip(chain, show(ref.chain[chain]))],
             "x0": {name: show(torch.cat(x0)) for name, x0 in zip(Noise._fields, zip(*branches))},

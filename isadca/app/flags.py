@@ -230,7 +230,7 @@ def _weights(groups) -> None:
     add("--vae", metavar="PATH", help="another autoencoder")
     add("--ip-adapter", metavar="FILE", help="IP-Adapter .safetensors, or none (found beside the weights)")
     add("--image-encoder", metavar="PATH", help="its CLIP encoder (found beside the weights)")
-    groups.basic.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
+    groups.basic.add_argument("-q", "--quiet", action="store_true", help="no start line, no progress bar")
     _machine(groups)
 
 

@@ -4,7 +4,7 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,13 +21,15 @@ from ..loop import Run, sample
 from ..methods import Method, method_named
 from ..reference import Reference, invert
 from . import recipe as recipes
-from .console import note
+from .console import note, say
 from .own_code import is_own
 from .own_method import own_method
 from .saved_reference import load_reference
+from .start import is_demo, rows_a_step, start_line, strange_words
 
 FITTED = {"crop": "its centre is used (or: --fit squash, --fit pad, --fit keep)", "squash": "it is distorted",
           "pad": "it gets white borders"}
+BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 DIVERSITY_OF_MANY = 0.3  # where every seed would give the same picture
 
 
@@ -49,8 +51,12 @@ class Session:
     Without a method that reads the image prompt, neither the adapter nor its encoder is loaded.
     """
 
-    def __init__(self, args: Namespace, methods: Sequence[Method] = ()):
-        self.args = args
+    def __init__(self, args: Namespace, methods: Sequence[Method] = (), refs: int = 1, samplings: int = 0):
+        self.args, self.runs = args, len(methods)
+        self.to_come = {"inverting": refs, "sampling": samplings}  # for the start line and the bar
+        self.rows = sum(map(rows_a_step, methods)) * getattr(args, "n", 1)  # of the UNet in a step of sampling
+        self.bar: tqdm | None = None
+        self.started = args.quiet
         wants_image = any(method.wants_image for method in methods)
         prior = getattr(args, "prior", None) if wants_image else None
         encoder = args.image_encoder or ("none" if prior else None)  # the prior says what the image branch sees
@@ -63,7 +69,7 @@ class Session:
             from ..loading.prior import load_prior
             self.prior = load_prior(prior, self.model.dtype, self.model.device)
             files["prior"] = pick_file(Path(prior, "prior"), self.model.dtype)
-        weights = Path(args.weights or default_weights())
+        self.weights = weights = Path(args.weights or default_weights())
         self._read = {f"--{name}": sha256(Path(path)) for name in ("mask", "keep", "also")
                       if (path := getattr(args, name, None)) and Path(path).is_file()}
         self._hashes = recipes.hash_files(recipes.inputs_of(files, weights, find_tokenizer(weights)))
@@ -83,9 +89,21 @@ class Session:
                 note(f"{args.recipe} was made with {other}: a pixel may differ by one grey level")
         if picture.image is None:
             self.ref = self._saved()
+            self.to_come["inverting"] -= 1
+            self._start(self.ref.image.size, self.ref.steps)
         else:
             size = size_of(args, (self.model.size, self.model.size))
             self.ref = self._invert(picture.image, steps if args.steps is None else args.steps, size)
+
+    def _start(self, size: tuple[int, int], steps: int) -> None:
+        """Once, before the first work: what is to come."""
+        self.steps = steps
+        if self.started:
+            return
+        n, at_once = getattr(self.args, "n", 1), getattr(self.args, "rows_at_once", 1)
+        pictures = self.to_come["sampling"] * self.runs * n
+        say(start_line(self.model, self.weights, size, steps, pictures, max(1, min(self.rows, at_once))))
+        self.started = True
 
     def _invert(self, image: Image.Image, steps: int, size: tuple[int, int]) -> Reference:
         args, (width, height) = self.args, self.model.check_size(size)
@@ -93,6 +111,8 @@ class Session:
             width, height = self.model.check_size(own_shape(image.size, width * height, self.model.multiple))
         elif image.width * height != image.height * width:
             note(f"{self.picture.path} is {by(image.size)}; {FITTED[args.fit or 'crop']}")
+        self.model.schedule.steps(steps)  # raises Problem where they do not fit
+        self._start((width, height), steps)
         return invert(self.model, image, steps, self.prompt(args.ref_prompt), (width, height), progress=self.progress,
                       fit_by=args.fit or "crop", fixed_point=args.fixed_point)
 
@@ -135,13 +155,35 @@ class Session:
         return torch.from_numpy(np.array(fitted)).to(self.model.device) / 255
 
     def prompt(self, text: str) -> str:
+        strange = strange_words(self.model, text) if is_demo(self.weights) and not self.args.quiet else []
+        if strange:
+            note(f"the demo does not know {', '.join(strange)}; what it knows: weights/demo/README.md")
         if cut := self.model.tokenizer.cut(text):
             short = cut if len(cut) < 80 else f"{cut[:48]} ... {cut[-24:]}"
             note(f"the prompt is longer than {self.model.tokenizer.max_tokens} tokens; not used: {short!r}")
         return text
 
-    def progress(self, items: list, label: str):
-        return tqdm(items, desc=label, disable=self.args.quiet, file=sys.stderr)
+    def progress(self, items: list, label: str) -> Iterator:
+        """One bar for all that is to come. It counts rows of the UNet, so that the time left is about right."""
+        rows = {"inverting": 1 + self.args.fixed_point, "sampling": 1 + self.rows}
+        self.to_come[label] = max(0, self.to_come.get(label, 0) - 1)
+        ahead = sum(self.steps * rows[name] * times for name, times in self.to_come.items() if times)
+        bar = self.bar or tqdm(disable=self.args.quiet, file=sys.stderr, bar_format=BAR)
+        bar.disable, bar.total = self.args.quiet, bar.n + len(items) * rows.get(label, 1) + ahead
+        goes_on = False
+        try:
+            bar.set_description(label)
+            for item in items:
+                yield item
+                bar.update(rows.get(label, 1))
+            goes_on = ahead > 0
+        finally:  # also where the work was interrupted
+            if goes_on:
+                bar.clear()
+                bar.disable = True  # it draws nothing in the meantime, not even at the program's end
+            else:
+                bar.close()
+            self.bar = bar if goes_on else None
 
     def recipe(self, picture: Picture, **changes) -> dict:
         args = vars(self.args) | {"ref": str(picture.path)} | changes

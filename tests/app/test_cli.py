@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -154,6 +155,8 @@ def test_any_shape(isadca_cli):
     code, _, err = isadca_cli("vary", "wide.safetensors", "a lemon", "-o", "c.png", "--width", 96, "-q", steps=None)
     assert code == 2 and "--size is 96×48, but wide.safetensors was inverted with 80×48" in err
     assert isadca_cli("explore", "wide.png", "a lemon", "-o", "a.html", "--size", "96x64", "--steps", 2)[0] == 0
+    page = open("a.html", encoding="utf-8").read()
+    assert '"size": [96, 64]' in page and "aspect-ratio: 1" not in page
 
 
 def test_a_pictures_own_shape_has_its_proportions_and_about_as_many_pixels():
@@ -339,3 +342,42 @@ def test_prompts_that_cannot_be_read(isadca_cli, text, flags, says):
     code, out, err = isadca_cli("vary", CAT, "prompts.txt", "-o", "out", *flags)
     assert code == 2 and out == [] and says in err and err.count("\n") == 1
     assert os.listdir() == before
+
+
+# ---- what is said before and during the work -----------------------------------------------------------------------
+
+def test_the_start_line_says_what_is_to_come(isadca_cli):
+    code, out, err = isadca_cli("vary", CAT, "a zebra riding a bicycle", "-o", "a.png", "--n", 2, "--init", "shuffle")
+    first, *rest = err.splitlines()
+    assert first.startswith("isadca: the demo (64×64 emoji; for photos: isadca fetch) on cpu in float32: 64×64, 3 "
+                            "steps, 2 pictures, about 0.") and first.endswith(" GB")
+    assert "isadca: note: the demo does not know zebra, riding; what it knows: weights/demo/README.md" in err
+    code, out, err = isadca_cli("sweep", CAT, "a lemon", "a pig", "-o", "g.png", "--lam", "0,1", "--size", 256,
+                                steps=1)
+    assert "256×256, 1 step, 4 pictures" in err and "on a CPU this is for checking" in err.splitlines()[0]
+    os.mkdir("in")
+    for name in ("cat.png", "dog.png"):
+        Image.open(CAT).save(f"in/{name}")
+    for pictures in (2, None):  # the second time all are there
+        code, out, err = isadca_cli("vary", "in", "a lemon", "-o", "out")
+        assert ("2 pictures" in err) == (pictures == 2) and ("steps" in err) == (pictures == 2)
+
+
+def test_the_bar_is_of_the_whole_job(isadca_cli):
+    """Inverting one of two references is not half of it: each then has a step of guided rows, and the other follows."""
+    os.mkdir("in")
+    for name in ("cat.png", "dog.png"):
+        Image.open(CAT).save(f"in/{name}")
+    code, out, err = isadca_cli("vary", "in", "a lemon", "-o", "out")
+    shown = [int(percent) for percent in re.findall(r"(\d+)%", err)]
+    assert shown[0] == 0 and shown == sorted(shown) and shown.count(100) >= 1
+    assert err.endswith(" left\n") and "inverting" in err
+
+
+def test_the_memory_of_the_start_line_is_what_a_run_takes(isadca_cli, tmp_path):
+    code = ("import resource, sys; from isadca.app.cli import main\n"
+            f"main(['vary', {CAT!r}, 'a lemon', '-o', 'b.png', '--steps', '5', '--size', '256'])\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    said = float(re.search(r"about ([\d.]+) GB", done.stderr)[1])
+    assert 0.6 < said / float(done.stdout.split()[-1]) < 1.6
