@@ -27,7 +27,7 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-CORE, PACKAGE_LINES = 2687, 6577  # lines; both may only be lowered
+CORE, PACKAGE_LINES = 2687, 6560  # lines; both may only be lowered
 
 
 def lines(path) -> int:
