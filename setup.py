@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["isadca", "isadca.app", "isadca.common", "isadca.evaluation", "isadca.loading", "isadca.networks",
-              "isadca._weights"],
+              "isadca.speed", "isadca._weights"],
     package_dir={"isadca": "isadca", "isadca._weights": "weights"},
     package_data={"isadca": ["py.typed", "*.pyi"], "isadca.app": ["explore.html", "fetch.tsv"],
                   "isadca.loading": ["config_json.tsv"],

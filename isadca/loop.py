@@ -244,7 +244,7 @@ def dca_of(controls: Controls, share: float | Tensor = 1.0) -> Attend:
 def mix_in_attention(controls: Controls) -> Attend:
     """The other reading of λ: mix inside every block, at half the rows. Self-attention is (1-λ)·plain + λ·ISA;
     in cross-attention, both branches have the text, so (1-λ) scales the image's share."""
-    from .networks.blend_isa import blend_isa  # for this reading alone
+    from .speed.blend_isa import blend_isa  # for this reading alone
     method, lam, kernel = controls.method, controls.lam, controls.kernel
     mixed = blend_isa(controls.ref_kv, lam, method.isa_mode(controls.t), kernel)
     return by_kind(in_layers(method.layers, mixed, kernel), dca_of(controls, 1 - lam))

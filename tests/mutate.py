@@ -51,7 +51,7 @@ TESTS = {  # in this order: what notices most, and what is quick, first
     "loop.py": ["heart/test_loop.py", "heart/test_batches.py", "heart/test_rival.py", "heart/test_own_ideas.py",
                 "app/test_cli.py"],
     "common/masks.py": ["heart/test_own_ideas.py"],
-    "networks/blend_isa.py": ["heart/test_attention.py", "heart/test_attention_identities.py"],
+    "speed/blend_isa.py": ["speed/test_blend_isa.py", "heart/test_attention.py", "heart/test_attention_identities.py"],
     "networks/ip_adapter.py": ["networks/test_ip_adapter.py", "networks/test_traps.py", "heart/test_loop.py"],
     "networks/patch_projections.py": ["networks/test_ip_adapter.py"],
     "networks/layers.py": ["networks/test_unet.py", "networks/test_vae.py", "networks/test_clip.py",

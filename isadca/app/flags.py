@@ -222,6 +222,8 @@ def _inversion(groups, steps: int = 50) -> None:
     add("--width", type=whole(1), help="alone or with --height, instead of --size")
     add("--height", type=whole(1), help="see --width")
     _weights(groups)
+    groups.machine.add_argument("--compile", action="store_true", help="compile the UNet first, about a minute, for "
+                                "faster steps on a GPU (off)")
 
 
 def _weights(groups) -> None:

@@ -14,8 +14,9 @@ from ..common.files import sha256
 from ..common.images import RECIPE_KEY
 from ..common.problem import Problem
 
-# these do not change the pixels
-NOT_KEPT = {"command", "refs", "out", "grid", "log", "overwrite", "recipe", "recipe_source", "quiet", "own_code"}
+# these do not change the pixels, `compile` by rounding alone
+NOT_KEPT = {"command", "refs", "out", "grid", "log", "overwrite", "recipe", "recipe_source", "quiet", "own_code",
+            "compile"}
 
 
 def inputs_of(files: dict[str, Path], weights: Path, vocabulary: Path) -> dict[str, Path]:
@@ -45,6 +46,7 @@ def make_recipe(args: dict, reference_sha256: str, hashes: dict[str, str], devic
     kept = {key: value for key, value in sorted(args.items()) if key not in NOT_KEPT}
     return {"command": args["command"], "args": json.loads(json.dumps(kept)),  # as it will be read again
             "reference_sha256": reference_sha256, "weights_sha256": hashes, "device": device, "dtype": dtype,
+            "compiled": bool(args.get("compile")),
             "versions": {"isadca": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "threads": torch.get_num_threads()}
 
@@ -102,7 +104,7 @@ def differing(before: dict, hashes: dict[str, str]) -> str | None:
 
 def made_elsewhere(recipe: dict, now: dict) -> str:
     """What else can move a pixel by a grey level when it differs: the order of additions depends on it."""
-    was = {name: recipe.get(name) for name in ("device", "dtype", "threads", "batch")}
+    was = {name: recipe.get(name) for name in ("device", "dtype", "threads", "batch", "compiled")}
     if isinstance(recipe.get("versions"), dict):
         was["torch"] = recipe["versions"].get("torch")
     here = now | {"torch": now["versions"]["torch"]}

@@ -61,7 +61,7 @@ class Session:
         prior = getattr(args, "prior", None) if wants_image else None
         encoder = args.image_encoder or ("none" if prior else None)  # the prior says what the image branch sees
         self.model = load(args.weights, args.ip_adapter if wants_image else "none", encoder, args.vae, args.device,
-                          args.dtype)
+                          args.dtype, args.compile)
         if wants_image and self.model.ip_adapter is None:
             note("no IP-Adapter: the DCA branch sees the text alone")
         files, self.prior = dict(self.model.files), None

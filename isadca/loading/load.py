@@ -29,11 +29,12 @@ NETWORK_FILE = r"(?!.*(?:non_ema|-\d{5}-of-\d{5})).*\.safetensors(\.index.*\.jso
 
 def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None,
          image_encoder: str | Path | None = None, vae: str | Path | None = None, device: str = "auto",
-         dtype: str | torch.dtype = "auto") -> Model:
+         dtype: str | torch.dtype = "auto", compile: bool = False) -> Model:
     """Load a diffusers folder or an LDM single file; without `weights`, the demo checkpoint.
 
     `ip_adapter` and `image_encoder` are found inside or beside the weights when they are not given; "none" does
-    without either. `vae` replaces the autoencoder. Raises Problem where something does not fit.
+    without either. `vae` replaces the autoencoder. `compile` compiles the UNet at its first calls; it then gives no
+    gradients. Raises Problem where something does not fit.
     """
     place = device_named(device)
     precision = dtype_named(dtype, place)
@@ -43,10 +44,14 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
                 for kind, part in parts.items()}
     _check_fit(networks, parts)
     shards = {path.name: path for part in parts.values() for path in part.files if path != part.path}
-    return Model(**{"vision": None, "ip_adapter": None} | networks,
-                 tokenizer=load_tokenizer(weights, networks["text"].config),
-                 schedule=read_schedule(folder_of(weights) / "scheduler" / "scheduler_config.json"),
-                 device=place, dtype=precision, files={kind: part.path for kind, part in parts.items()} | shards)
+    model = Model(**{"vision": None, "ip_adapter": None} | networks,
+                  tokenizer=load_tokenizer(weights, networks["text"].config),
+                  schedule=read_schedule(folder_of(weights) / "scheduler" / "scheduler_config.json"),
+                  device=place, dtype=precision, files={kind: part.path for kind, part in parts.items()} | shards)
+    if not compile:
+        return model
+    from ..speed.compiled import compile_model
+    return compile_model(model)
 
 
 # ---- locate and read headers -------------------------------------------------------------------------------------

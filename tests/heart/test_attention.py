@@ -23,9 +23,8 @@ from hypothesis import given, settings, strategies as st
 from torch.autograd import gradcheck
 
 from isadca.attention import attend, attend_reference, attention_probs, blend, by_kind, capture, dca, isa
-from isadca.networks import blend_isa as short_cut
-from isadca.networks.blend_isa import blend_isa
 from isadca.networks.layers import Attention
+from isadca.speed.blend_isa import blend_isa
 
 # ---- kernels -----------------------------------------------------------------------------------------------
 
@@ -119,16 +118,6 @@ def test_blend_isa_is_the_blend_at_any_sharpness(seed, lam, sharpness):
     q, k, v, *extra = drawn((5, 7, 4, 3))
     expected = blend(attend, isa(at_both(extra)), lam)(sharpness * q, k, v, SELF)
     assert_is(blend_isa(at_both(extra), lam)(sharpness * q, k, v, SELF), expected.numpy())
-
-
-@pytest.mark.parametrize("wants_gradient", [False, True])
-def test_blend_isa_spares_the_third_product_unless_a_gradient_is_wanted(monkeypatch, wants_gradient):
-    """The sum that it needs then carries no gradient."""
-    asked, summed = [], short_cut.attend_and_sum
-    monkeypatch.setattr(short_cut, "attend_and_sum", lambda *x: asked.append(x[1].shape[2]) or summed(*x))
-    q, k, v, *extra = drawn((5, 7, 4, 3))
-    blend_isa(at_both(extra), 0.5)(q.requires_grad_(wants_gradient), k, v, SELF)
-    assert asked == ([] if wants_gradient else [7, 3])
 
 
 @EACH_VARIANT

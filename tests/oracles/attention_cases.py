@@ -25,7 +25,7 @@ from isadca.attention import (
     isa,
     where,
 )
-from isadca.networks.blend_isa import blend_isa
+from isadca.speed.blend_isa import blend_isa
 
 SELF = Site("up_blocks.2.attentions.1.transformer_blocks.0.attn1", "self", "up", 11, (4, 4))
 CROSS = SELF._replace(name="up_blocks.2.attentions.1.transformer_blocks.0.attn2", kind="cross")

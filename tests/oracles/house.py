@@ -19,7 +19,7 @@ EACH_MODULE = pytest.mark.parametrize("module", SOURCES)
 NUMBERS = re.compile(r"\bEqs?\.\s+(\d+(?:(?:\s*[-–,]\s*|\s+and\s+)\d+)*)")
 
 # the rooms of the house, a folder or an open file each; a room imports from the rungs before its own only
-LADDER = [["common"], ["attention", "ddim", "methods"], ["networks"], ["reference", "loading"], ["loop"],
+LADDER = [["common"], ["attention", "ddim", "methods"], ["networks"], ["speed"], ["reference", "loading"], ["loop"],
           ["evaluation"], ["app"], ["__main__"]]
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "tqdm", "huggingface_hub"}
 DISTRIBUTIONS = {"PIL": "pillow"}  # where it is not the module's name
