@@ -100,7 +100,7 @@ def test_the_third_product_is_spared_unless_a_gradient_is_wanted(summed, wants_g
 NO_BLENDS = [dict(lam=0.0), dict(lam=1.0), dict(mode="replace"), dict(kernel=lambda q, k, v, site: q)]
 
 
-@pytest.mark.parametrize("changes", NO_BLENDS, ids=str)
+@pytest.mark.parametrize("changes", NO_BLENDS, ids=["lam 0", "lam 1", "replace", "own kernel"])
 def test_what_is_no_blend_of_two_sides_asks_no_kernel(summed, changes):
     q, k, v, *extra = drawn((5, 7, 4, 3))
     blend_isa(at_both(extra), **{"lam": 0.5} | changes)(q, k, v, SELF)
