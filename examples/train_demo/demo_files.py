@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from demo_world import learn_bpe, vocabulary
@@ -75,8 +76,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def load_network(folder: Path, cls) -> nn.Module:
     """A network that an earlier stage saved, in float32, frozen."""
-    net = cls(read_config(CONFIGS[cls], folder / "config.json"))
-    net.load_state_dict(load_file(next(folder.glob("*.safetensors"))))
+    tensors, config = load_file(next(folder.glob("*.safetensors"))), read_config(CONFIGS[cls], folder / "config.json")
+    if "text_projection.weight" in tensors:  # no config tells whether there is one
+        config = replace(config, projection_dim=len(tensors["text_projection.weight"]))
+    net = cls(config)
+    net.load_state_dict(tensors)
     return net.eval().requires_grad_(False)
 
 
