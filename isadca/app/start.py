@@ -40,7 +40,8 @@ def memory(model: Model, size: tuple[int, int], rows: int) -> float:
     """GB, roughly: torch itself, the weights, and the UNet's rows or the VAE's picture, whichever is more.
 
     A row holds the skips of its way down, the widest feed-forward (12 times its channels) and the reference's keys and
-    values of five steps; the VAE, three activations of its second level at the picture's full size.
+    values of five steps; the VAE, three activations of its second level at the picture's full size. A process was
+    measured to hold twice that, since the allocator keeps what is freed.
     """
     networks = [model.unet, model.vae, model.text, *filter(None, (model.vision, model.ip_adapter))]
     weights = sum(w.numel() * w.element_size() for network in networks for w in network.parameters())
@@ -50,4 +51,5 @@ def memory(model: Model, size: tuple[int, int], rows: int) -> float:
     layers = unet.layers_per_block + 1
     in_unet = cells * (rows * (layers * a_layer + 12 * unet.channels[0]) + 5 * 4 * layers * a_layer)
     in_vae = pixels * 3 * vae.channels[1]
-    return 0.25 + (weights + max(in_unet * model.dtype.itemsize, in_vae * model.vae_dtype.itemsize)) / 1e9
+    at_once = max(in_unet * model.dtype.itemsize, in_vae * model.vae_dtype.itemsize)
+    return 0.25 + (weights + 2 * at_once) / 1e9

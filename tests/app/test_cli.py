@@ -375,9 +375,10 @@ def test_the_bar_is_of_the_whole_job(isadca_cli):
 
 
 def test_the_memory_of_the_start_line_is_what_a_run_takes(isadca_cli, tmp_path):
-    code = ("import resource, sys; from isadca.app.cli import main\n"
+    # the peak of this program alone: getrusage's would be that of the process which started it, if that was larger
+    code = ("import re; from isadca.app.cli import main\n"
             f"main(['vary', {CAT!r}, 'a lemon', '-o', 'b.png', '--steps', '5', '--size', '256'])\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)")
+            "print(int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) * 1024 / 1e9)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     said = float(re.search(r"about ([\d.]+) GB", done.stderr)[1])
-    assert 0.6 < said / float(done.stdout.split()[-1]) < 1.6
+    assert 0.7 < said / float(done.stdout.split()[-1]) < 1.4
