@@ -25,7 +25,8 @@ from .report import Results, about_run, write_results
 from .results_folder import Item, check_apart, check_settings, code_sha256, file_name, text_sha256
 from .systems import SYSTEMS, Draw, System, find_extra, lacks, make_draw, system_fingerprint, system_of
 
-CODE = ("*.py", "networks/*.py", "evaluation/[!r]*.py", "evaluation/run.py")  # what makes pictures and numbers
+# what makes pictures and numbers: all but reports and results_folder
+CODE = ("*.py", "common/*.py", "networks/*.py", "speed/*.py", "evaluation/[!r]*.py", "evaluation/run.py")
 
 
 def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iterable | None = None,
@@ -37,8 +38,7 @@ def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iter
     `pairs`: a file or folder (see read_pairs), or a list of (reference, prompt). `systems`: names of SYSTEMS or of
     presets, Systems, Methods, or functions Controls -> Attend; unless given, all of SYSTEMS whose weights are there.
     `metrics` likewise. The weights that systems and metrics have of their own are looked for in `weights` and beside
-    it. `tell` receives notes.
-    Raises Problem.
+    it. `tell` receives notes. Raises Problem.
     """
     rank, ranks = join()
     weights, out, listed = Path(weights) if weights else default_weights(), Path(out), read_pairs(pairs)

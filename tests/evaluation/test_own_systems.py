@@ -12,6 +12,7 @@ from isadca.app import cli
 from isadca.app.systems_flag import parse_systems
 from isadca.common.problem import Problem
 from isadca.evaluation import results_folder
+from isadca.evaluation.run import CODE
 from isadca.evaluation.systems import SYSTEMS, System, system_fingerprint, system_of
 from isadca.methods import ISADCA, Linear, Method
 
@@ -126,6 +127,14 @@ def test_the_packages_code_counts_but_not_its_comments(tmp_path, monkeypatch):
         (tmp_path / "loop.py").write_text(text)
         digests.append(results_folder.code_sha256(["*.py"]))
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_what_computes_a_picture_is_in_its_codes_sha256():
+    """All of the rooms that a variation goes through; a new room, or a file moved to one, is not forgotten."""
+    covered = {path for pattern in CODE for path in results_folder.PACKAGE.glob(pattern)}
+    through = [path for room in ("", "common", "networks", "speed", "evaluation")
+               for path in (results_folder.PACKAGE / room).glob("*.py")]
+    assert {path.name for path in set(through) - covered} == {"report.py", "results_folder.py"}
 
 
 def test_a_file_that_holds_a_system(pairs, tmp_path):
