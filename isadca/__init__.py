@@ -5,25 +5,15 @@
     [picture] = isadca.vary(model, ref, "a lemon", isadca.Method(lam=0.7))
 """
 
+import re
 from importlib import import_module
+from pathlib import Path
 
 __version__ = "0.1.0"
 
-# which module each public name is in; __init__.pyi says the same to type checkers
-_HOME = {"attention": ["Site", "attend", "attend_reference", "attention_probs", "blend", "by_kind", "by_rows",
-                       "capture", "dca", "isa", "where"],
-         "methods": ["Cosine", "Linear", "Method", "PRESETS", "Run"],
-         "reference": ["Reference", "invert", "reconstruct", "replay"],
-         "loop": ["Controls", "Guided", "Options", "conditions", "decode", "predict", "sample", "vary"],
-         "networks.model": ["Model"],
-         "loading.load": ["default_weights", "load"],
-         "common.images": ["load_image", "save_png"],
-         "common.masks": ["masked"],
-         "common.sheets": ["contact_sheet"],
-         "common.problem": ["Problem"],
-         "evaluation.run": ["evaluate"], "evaluation.systems": ["System"],
-         "app.record": ["record"], "app.saved_reference": ["load_reference", "save_reference"]}
-_MODULE = {name: module for module, names in _HOME.items() for name in names}
+# which module each public name is in: read from __init__.pyi, which says it to type checkers, too
+_IMPORTS = re.findall(r"^from \.([\w.]+) import (\([^)]*\)|.*)", Path(__file__).with_suffix(".pyi").read_text(), re.M)
+_MODULE = {name: module for module, names in _IMPORTS for name in re.findall(r"(\w+) as", names)}
 __all__ = sorted(_MODULE)
 
 

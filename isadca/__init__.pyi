@@ -1,4 +1,4 @@
-# The public names, for type checkers and editors; at run time __init__.py imports each on first use.
+# The public names: what type checkers and editors read, and what __init__.py imports, each on first use.
 from .attention import (
     Site as Site, attend as attend, attend_reference as attend_reference, attention_probs as attention_probs,
     blend as blend, by_kind as by_kind, by_rows as by_rows, capture as capture, dca as dca, isa as isa,
