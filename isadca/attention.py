@@ -143,7 +143,10 @@ def rows_of(kv: KV, rows: slice) -> KV:
 
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
-    """(R,...) -> (rows,...), each of the R rows standing for rows/R neighbours."""
+    """(R,...) -> (rows,...), each of the R rows standing for rows/R neighbours.
+
+    Raises ValueError where R does not divide rows: leaving the reference out in silence is how such code goes wrong.
+    """
     if len(x) == rows:
         return x
     if len(x) == 1:

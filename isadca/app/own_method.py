@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 from ..common.problem import Problem
@@ -27,13 +28,10 @@ def checked(function: Callable, where: str) -> Callable:
     """A `mix` whose attention's results are checked: torch would silently broadcast a single row or query over all of
     them, and a NaN would be blamed on what comes after."""
     def mix(controls):
-        made, looked_at = function(controls), {}
-        for f in made if isinstance(made, (list, tuple)) else [made]:
-            attend = getattr(f, "attend", f)  # of a loop.Guided
-            looked_at[id(attend)] = _looked_at(attend, where)
+        made, look_at = function(controls), cache(partial(_looked_at, where=where))  # once for rows that share it
         if isinstance(made, list):
-            return [row._replace(attend=looked_at[id(row.attend)]) for row in made]
-        return tuple(looked_at[id(f)] for f in made) if isinstance(made, tuple) else looked_at[id(made)]
+            return [row._replace(attend=look_at(row.attend)) for row in made]
+        return tuple(map(look_at, made)) if isinstance(made, tuple) else look_at(made)
     return mix
 
 

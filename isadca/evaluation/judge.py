@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..common.images import clip_pixels, to_tensor
 from ..common.problem import Problem
-from ..loading.checkpoints import load_into, without_values
+from ..loading.checkpoints import load_into
 from ..loading.load import build, default_weights, find_part
 from ..networks.clip import CLIPText, CLIPVision
-from ..networks.sizes import CLIPTextConfig
 from ..networks.tokenizer import Tokenizer
 from .metrics import CAPTION, clip_score, clip_similarity, load_metric, lpips, luma, sifid, ssim
 
@@ -63,10 +62,7 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> CLIPPai
     if "text_projection.weight" not in text.shapes:
         raise Problem(f"{text.path}: its texts and pictures are not embedded in one space; the metrics take a "
                       "whole CLIP, such as openai/clip-vit-large-patch14")
-    with without_values():
-        known = CLIPText(CLIPTextConfig(projection_dim=768))
-    networks = [build(text) if (text.path.parent / "config.json").is_file() else known, build(vision)]
-    text_net, vision_net = (load_into(net, part, torch.float32, device) for net, part in zip(networks, (text, vision)))
+    text_net, vision_net = (load_into(build(part), part, torch.float32, device) for part in (text, vision))
     words = folder if (folder / "vocab.json").is_file() else default_weights().parent / "tokenizer"
     return CLIPPair(text_net, vision_net, Tokenizer.from_folder(words, text_net.config.max_tokens))
 

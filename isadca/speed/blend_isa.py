@@ -36,7 +36,8 @@ def blend_isa(ref_kv: KV, lam: float | Tensor, mode: str = "append", kernel: Att
         if site.kind != "self":
             return both(q, k, v, site)
         k_ref, v_ref = (repeat_rows(x, len(q)) for x in ref_kv[site.name])
-        gradient = torch.is_grad_enabled() and any(wants_gradient(x) for x in (q, k, v, k_ref, v_ref, lam))
+        tensors = [x for x in (q, k, v, k_ref, v_ref, lam) if isinstance(x, Tensor)]
+        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         attend_with_lse = None if gradient else kernel_with_lse(q, k, v)
         if attend_with_lse is None:
             return both(q, k, v, site)
@@ -71,7 +72,3 @@ def private(module, name: str) -> Callable | None:
     if found is None:
         log.debug("torch %s has no %s: the attention mix computes a third product", torch.__version__, name)
     return found
-
-
-def wants_gradient(x: Tensor | float) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
