@@ -42,6 +42,21 @@ def demo64():
     return isadca.load(DEMO, device="cpu", dtype="fp64")
 
 
+@pytest.fixture
+def isadca_cli(tmp_path, monkeypatch, capsys, demo):
+    """Run a command in an empty folder with the demo model; returns (exit code, stdout lines, stderr)."""
+    from isadca.app.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv, steps=3):
+        argv = [*map(str, argv)] + (["--steps", str(steps)] if steps and argv[0] in ("vary", "sweep", "invert") else [])
+        code = main(argv)
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+    return run
+
+
 def tiny_model(dtype: torch.dtype = torch.float64) -> Model:
     """A whole model with random weights, two levels and five attending blocks: identities need no training."""
     torch.manual_seed(1)

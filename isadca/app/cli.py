@@ -76,10 +76,13 @@ def _read(argv: list[str]) -> argparse.Namespace:
     else:
         args = commands[argv[0]].parse_intermixed_args(argv[1:])
     if args.command == "vary":
+        typed = args.words
         args = _again(args, commands["vary"], argv) if args.recipe else args
         if len(args.words) < 2 or args.out is None:
             raise Problem("vary needs REF and PROMPT, or --recipe, and -o OUT; see isadca vary --help")
         *args.refs, args.prompt = args.words
+        # a recipe's prompt is a prompt, whatever it ends in: no picture makes this read a file
+        args.prompts_file = args.prompt if len(typed) > 1 and args.prompt.endswith(".txt") else None
         del args.words
     check_inputs(args)
     return args

@@ -21,7 +21,7 @@ from .console import log, note, say
 from .flags import parse_lam
 from .own_code import is_own
 from .own_method import own_method
-from .paths import is_file_of_prompts, prompts_of, writable
+from .paths import prompts_of, writable
 from .recipe import read_recipe
 from .saved_reference import save_reference
 from .session import Picture, Session, method_of
@@ -32,8 +32,8 @@ def vary(args: Namespace) -> None:
     lam = None if args.lam is None else parse_lam(args.lam)
     if args.log:
         writable(args.log, args.log.suffix.lower(), args, "--log")
-    prompts = prompts_of(args.prompt)
-    several = len(args.refs) > 1 or Path(args.refs[0]).is_dir() or is_file_of_prompts(args.prompt)
+    prompts = prompts_of(args.prompts_file) if args.prompts_file else [args.prompt]
+    several = len(args.refs) > 1 or Path(args.refs[0]).is_dir() or args.prompts_file is not None
     if args.out.is_dir() or several and not args.out.suffix:
         return _vary_all(args, method_of(args, lam), _in_folder(args, prompts))
     if several:
@@ -59,7 +59,7 @@ def _vary_all(args: Namespace, method: Method, jobs: dict[str, dict[str, Path]])
             say(str(problem))
             failed += 1
         samplings -= len(outs)
-        session.to_come = {"inverting": len(jobs) - i - 1, "sampling": samplings}
+        session.job.to_come = {"inverting": len(jobs) - i - 1, "sampling": samplings}
     if failed:
         raise Problem(f"{failed} of {len(jobs)} references failed, named above; mend them and run it again, what is "
                       "made is kept")
@@ -74,7 +74,7 @@ def _vary(session: Session, picture: Picture, method: Method, outs: dict[int, Pa
     if folder:
         outs = {seed: path for seed, path in outs.items() if not _there(path, recipe(seed), args.overwrite)}
     if not outs:
-        session.to_come["sampling"] -= 1
+        session.job.to_come["sampling"] -= 1
         return
     session.open(picture)
     runs = [Run(session.prompt(args.prompt), method, tuple(outs), session.prompt(args.negative))]
@@ -152,7 +152,7 @@ def sweep(args: Namespace) -> None:
     negative = session.prompt(args.negative)
     runs = [Run(session.prompt(prompt), each, seeds, negative) for prompt in args.prompts for each in methods]
     pictures = [decode(session.model, z) for z in session.sample(runs)]
-    left = [session.ref.image, without_control(session.model, session.ref, progress=session.progress)]
+    left = [session.ref.image, without_control(session.model, session.ref, progress=session.job.progress)]
     by_prompt = [pictures[i: i + len(methods)] for i in range(0, len(pictures), len(methods))]
     rows = [left + [column[j] for column in block] for block in by_prompt for j in range(len(seeds))]
     labels = [prompt + (f", seed {seed}" if len(seeds) > 1 else "") for prompt in args.prompts for seed in seeds]
@@ -169,7 +169,7 @@ def explore(args: Namespace) -> None:
         own = own_method(args.method)[0] if is_own(args.method) else method_named(args.method)
         beside.append(replace(own, name=own.name.rpartition(":")[2]))
     session = _opened(args, [method, *beside], steps=20)
-    data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.progress, beside)
+    data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.job.progress, beside)
     package, folder = Path(__file__).resolve().parent.parent, out.resolve().parent
     near = package.parent == folder or package.parent in folder.parents  # in one clone: its code is linked
     save_text(page(data | {"code": Path(os.path.relpath(package, folder)).as_posix() if near else ""}), out)
@@ -180,7 +180,7 @@ def reconstruct(args: Namespace) -> None:
     from ..evaluation.metrics import psnr
     out = writable(args.out, ".png", args)
     session = _opened(args)
-    image = without_control(session.model, session.ref, progress=session.progress)
+    image = without_control(session.model, session.ref, progress=session.job.progress)
     save_png(image, out, session.recipe(session.picture))
     print(f"PSNR {psnr(image, session.ref.image):.2f} dB", file=sys.stderr)
     print(out)

@@ -1,6 +1,7 @@
 """Standard output and error. Writing there never stops the work: a stream that is closed, full, or cannot print λ
 is written to as far as possible, and `main` reports its failure at the end."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -44,6 +45,5 @@ def log(path: Path | None, **entry) -> None:
     """One line of JSON for another program that follows the work."""
     if path is None:
         return
-    import json
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")

@@ -100,7 +100,6 @@ def _download(item: Pinned, part: Path) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
-
     url = hf_hub_url(item.repository, item.file, revision=item.revision)
     offered = get_hf_file_metadata(url).size
     if offered not in (None, item.size):

@@ -26,7 +26,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         import difflib  # --help does not wait for it
-
         mine = [flag for flag in self._option_string_actions if flag.startswith("--")]
         for flag in re.findall(r"(?<=[ :])--?[a-zA-Z][\w-]*", message) if "unrecognized" in message else []:
             near = [HABITS[flag]] if HABITS.get(flag) in mine else difflib.get_close_matches(flag, mine, 1, 0.7)

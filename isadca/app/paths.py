@@ -10,7 +10,7 @@ from ..common.files import try_write
 from ..common.problem import Problem
 
 INPUTS = ("ref", "refs", "recipe", "weights", "vae", "ip_adapter", "image_encoder", "prior", "pairs", "source", "paths",
-          "mask", "keep", "also")
+          "mask", "keep", "also", "prompts_file")
 CODE = ("method", "attend")  # FILE.py:NAME
 
 
@@ -20,13 +20,12 @@ def inputs(args: Namespace) -> Iterator[tuple[str, str]]:
         value = getattr(args, name, None)
         for path in value if isinstance(value, list) else [value]:
             if path is not None and not (str(path) == "none" and name in ("ip_adapter", "image_encoder")):
-                flag = {"ref": "REF", "refs": "REF", "source": "FILE", "pairs": "PAIRS", "paths": "PATH"}.get(name)
+                flag = {"ref": "REF", "refs": "REF", "source": "FILE", "pairs": "PAIRS", "paths": "PATH",
+                        "prompts_file": "PROMPT"}.get(name)
                 yield flag or f"--{name.replace('_', '-')}", str(path)
     for name in CODE:
         if file := (getattr(args, name, None) or "").rpartition(":")[0]:
             yield f"--{name}", file
-    if is_file_of_prompts(prompt := getattr(args, "prompt", "")):
-        yield "PROMPT", prompt
 
 
 def check_inputs(args: Namespace) -> None:
@@ -65,23 +64,17 @@ def writable(path: Path, suffix: str, args: Namespace, flag: str = "-o") -> Path
     return path
 
 
-def is_file_of_prompts(prompt: str) -> bool:
-    return prompt.endswith(".txt")
-
-
-def prompts_of(prompt: str) -> list[str]:
-    """The prompt, or the lines of the text file that it names, without blank ones and comments. Raises Problem."""
-    if not is_file_of_prompts(prompt):
-        return [prompt]
+def prompts_of(path: str) -> list[str]:
+    """The lines of a text file, without blank ones and comments. Raises Problem."""
     try:
-        lines = [line.strip() for line in Path(prompt).read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:
-        raise Problem(f"{prompt}: no file of prompts ({error.strerror}); check the path") from None
+        raise Problem(f"{path}: no file of prompts ({error.strerror}); check the path") from None
     except UnicodeDecodeError:
-        raise Problem(f"{prompt}: is no text in UTF-8; save the prompts as that") from None
+        raise Problem(f"{path}: is no text in UTF-8; save the prompts as that") from None
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise Problem(f"{prompt}: no prompts in it, expected one a line")
+        raise Problem(f"{path}: no prompts in it, expected one a line")
     return prompts
 
 

@@ -16,7 +16,7 @@ from ..common.problem import Problem
 
 # these do not change the pixels, `compile` by rounding alone
 NOT_KEPT = {"command", "refs", "out", "grid", "log", "overwrite", "recipe", "recipe_source", "quiet", "own_code",
-            "compile"}
+            "prompts_file", "compile"}
 
 
 def inputs_of(files: dict[str, Path], weights: Path, vocabulary: Path) -> dict[str, Path]:

@@ -1,17 +1,14 @@
-"""What the commands share: a loaded model, references opened with it, the method and the seeds that the flags ask for.
-"""
+"""What the commands share: a loaded model, references opened with it, the method that the flags ask for."""
 
 import json
-import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from ..common.files import sha256
 from ..common.images import fit, load_image
@@ -21,15 +18,14 @@ from ..loop import Run, sample
 from ..methods import Method, method_named
 from ..reference import Reference, invert
 from . import recipe as recipes
-from .console import note, say
+from .console import note
+from .job import Job, is_demo, strange_words
 from .own_code import is_own
 from .own_method import own_method
 from .saved_reference import load_reference
-from .start import is_demo, rows_a_step, start_line, strange_words
 
 FITTED = {"crop": "its centre is used (or: --fit squash, --fit pad, --fit keep)", "squash": "it is distorted",
           "pad": "it gets white borders"}
-BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 DIVERSITY_OF_MANY = 0.3  # where every seed would give the same picture
 
 
@@ -52,11 +48,7 @@ class Session:
     """
 
     def __init__(self, args: Namespace, methods: Sequence[Method] = (), refs: int = 1, samplings: int = 0):
-        self.args, self.runs = args, len(methods)
-        self.to_come = {"inverting": refs, "sampling": samplings}  # for the start line and the bar
-        self.rows = sum(map(rows_a_step, methods)) * getattr(args, "n", 1)  # of the UNet in a step of sampling
-        self.bar: tqdm | None = None
-        self.started = args.quiet
+        self.args, self.job = args, Job(args, methods, refs, samplings)
         wants_image = any(method.wants_image for method in methods)
         prior = getattr(args, "prior", None) if wants_image else None
         encoder = args.image_encoder or ("none" if prior else None)  # the prior says what the image branch sees
@@ -69,6 +61,7 @@ class Session:
             from ..loading.prior import load_prior
             self.prior = load_prior(prior, self.model.dtype, self.model.device)
             files["prior"] = pick_file(Path(prior, "prior"), self.model.dtype)
+        self.also: Reference | None = None  # of --also, inverted once
         self.weights = weights = Path(args.weights or default_weights())
         self._read = {f"--{name}": sha256(Path(path)) for name in ("mask", "keep", "also")
                       if (path := getattr(args, name, None)) and Path(path).is_file()}
@@ -89,21 +82,11 @@ class Session:
                 note(f"{args.recipe} was made with {other}: a pixel may differ by one grey level")
         if picture.image is None:
             self.ref = self._saved()
-            self.to_come["inverting"] -= 1
-            self._start(self.ref.image.size, self.ref.steps)
+            self.job.to_come["inverting"] -= 1
+            self.job.begin(self.model, self.weights, self.ref.image.size, self.ref.steps)
         else:
             size = size_of(args, (self.model.size, self.model.size))
             self.ref = self._invert(picture.image, steps if args.steps is None else args.steps, size)
-
-    def _start(self, size: tuple[int, int], steps: int) -> None:
-        """Once, before the first work: what is to come."""
-        self.steps = steps
-        if self.started:
-            return
-        n, at_once = getattr(self.args, "n", 1), getattr(self.args, "rows_at_once", 1)
-        pictures = self.to_come["sampling"] * self.runs * n
-        say(start_line(self.model, self.weights, size, steps, pictures, max(1, min(self.rows, at_once))))
-        self.started = True
 
     def _invert(self, image: Image.Image, steps: int, size: tuple[int, int]) -> Reference:
         args, (width, height) = self.args, self.model.check_size(size)
@@ -112,9 +95,9 @@ class Session:
         elif image.width * height != image.height * width:
             note(f"{self.picture.path} is {by(image.size)}; {FITTED[args.fit or 'crop']}")
         self.model.schedule.steps(steps)  # raises Problem where they do not fit
-        self._start((width, height), steps)
-        return invert(self.model, image, steps, self.prompt(args.ref_prompt), (width, height), progress=self.progress,
-                      fit_by=args.fit or "crop", fixed_point=args.fixed_point)
+        self.job.begin(self.model, self.weights, (width, height), steps)
+        return invert(self.model, image, steps, self.prompt(args.ref_prompt), (width, height),
+                      progress=self.job.progress, fit_by=args.fit or "crop", fixed_point=args.fixed_point)
 
     def made_with(self) -> str:
         """What an inversion depends on, as a saved reference holds it."""
@@ -142,9 +125,10 @@ class Session:
             from ..networks.prior import embed_prompt
             embeds = embed_prompt(*self.prior, self.args.prompt, seed=self.args.seed)
         args, ref = self.args, self.ref
-        also = [self._invert(load_image(args.also, note), ref.steps, ref.image.size)] if args.also else []
-        return sample(self.model, ref, runs, progress=self.progress, at_once=args.replay_at_once,
-                      rows_at_once=args.rows_at_once, image_embeds=embeds, also=also,
+        if args.also and (self.also is None or (self.also.steps, self.also.image.size) != (ref.steps, ref.image.size)):
+            self.also = self._invert(load_image(args.also, note), ref.steps, ref.image.size)
+        return sample(self.model, ref, runs, progress=self.job.progress, at_once=args.replay_at_once,
+                      rows_at_once=args.rows_at_once, image_embeds=embeds, also=[self.also] if self.also else [],
                       mask=self._region(args.mask), keep=self._region(args.keep))
 
     def _region(self, path: str | None) -> torch.Tensor | None:
@@ -162,28 +146,6 @@ class Session:
             short = cut if len(cut) < 80 else f"{cut[:48]} ... {cut[-24:]}"
             note(f"the prompt is longer than {self.model.tokenizer.max_tokens} tokens; not used: {short!r}")
         return text
-
-    def progress(self, items: list, label: str) -> Iterator:
-        """One bar for all that is to come. It counts rows of the UNet, so that the time left is about right."""
-        rows = {"inverting": 1 + self.args.fixed_point, "sampling": 1 + self.rows}
-        self.to_come[label] = max(0, self.to_come.get(label, 0) - 1)
-        ahead = sum(self.steps * rows[name] * times for name, times in self.to_come.items() if times)
-        bar = self.bar or tqdm(disable=self.args.quiet, file=sys.stderr, bar_format=BAR)
-        bar.disable, bar.total = self.args.quiet, bar.n + len(items) * rows.get(label, 1) + ahead
-        goes_on = False
-        try:
-            bar.set_description(label)
-            for item in items:
-                yield item
-                bar.update(rows.get(label, 1))
-            goes_on = ahead > 0
-        finally:  # also where the work was interrupted
-            if goes_on:
-                bar.clear()
-                bar.disable = True  # it draws nothing in the meantime, not even at the program's end
-            else:
-                bar.close()
-            self.bar = bar if goes_on else None
 
     def recipe(self, picture: Picture, **changes) -> dict:
         args = vars(self.args) | {"ref": str(picture.path)} | changes
