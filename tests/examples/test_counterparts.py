@@ -19,8 +19,8 @@ from diffusers import (
 )
 from keyfiles import cast, ldm_pairs, listing, renamed, write_sparse
 from PIL import Image
-from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from twins import rand, shake
 
 import isadca
 from isadca.app.systems_flag import parse_systems
@@ -34,18 +34,6 @@ torch.manual_seed(0)
 COUNTERPARTS = {name: parse_systems(f"{ROOT}/examples/counterparts/{name}.py:SYSTEM")[0]
                 for name in ("controlnet_shuffle", "image_variations")}
 EACH = pytest.mark.parametrize("system", COUNTERPARTS.values(), ids=COUNTERPARTS)
-
-
-def shake(net: nn.Module) -> nn.Module:
-    """Random weights everywhere, in layers that start at zero or one as well."""
-    generator = torch.Generator().manual_seed(1)
-    for p in net.parameters():
-        p.data = p.data.double() + 0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
-    return net.double().eval().requires_grad_(False)
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def difference(a, b) -> int:

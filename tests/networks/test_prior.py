@@ -10,7 +10,6 @@ from conftest import DEMO
 from diffusers import KandinskyV22PriorPipeline, PriorTransformer
 from kandinsky import run_pipeline, unclip
 from keyfiles import listing, write_sparse
-from torch import nn
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig as TheirTextConfig,
@@ -19,6 +18,7 @@ from transformers import (
     CLIPVisionConfig as TheirVisionConfig,
     CLIPVisionModelWithProjection,
 )
+from twins import rand, shake
 
 import isadca
 from isadca.common.images import clip_pixels
@@ -28,18 +28,6 @@ from isadca.networks import prior
 from isadca.networks.clip import CLIPText
 from isadca.networks.sizes import CLIPTextConfig
 from isadca.networks.tokenizer import Tokenizer
-
-
-def shake(net: nn.Module) -> nn.Module:
-    """Random weights everywhere, in layers that start at zero or one as well."""
-    generator = torch.Generator().manual_seed(1)
-    for p in net.parameters():
-        p.data = p.data.double() + 0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
-    return net.double().eval().requires_grad_(False)
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 SMALL = prior.PriorConfig(embed_dim=24, n_heads=2, head_dim=8, layers=3, max_tokens=32)

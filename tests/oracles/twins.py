@@ -18,6 +18,18 @@ from isadca.networks.ip_adapter import IPAdapter
 BY_PRECISION = dict(argnames="dtype, atol", argvalues=list(NETWORK.items()), ids=["fp64", "fp32"])
 
 
+def shake(net: torch.nn.Module) -> torch.nn.Module:
+    """Random weights everywhere, in layers that start at zero or one as well."""
+    generator = torch.Generator().manual_seed(1)
+    for p in net.parameters():
+        p.data = p.data.double() + 0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return net.double().eval().requires_grad_(False)
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def random_state(shapes: dict, seed: int = 0) -> dict[str, Tensor]:
     """Float32 weights under which activations stay of order one. Biases and the norms' gains are random as well,
     so that a forgotten or swapped one shows."""
