@@ -33,7 +33,7 @@ def check(args: Namespace) -> None:
                       "isadca check --renew")
     apart = int(np.asarray(ImageChops.difference(picture, load_image(stored))).max())
     close = CLOSE if where == ("cpu", "float32") else CLOSE_ELSEWHERE
-    found = f"{apart} grey levels from {stored} at most, {close} allowed on {' in '.join(where)}"
+    found = f"{apart} grey level{'s' * (apart != 1)} from {stored} at most, {close} allowed on {' in '.join(where)}"
     if apart > close:
         raise Problem(f"another picture: {found}; try --device cpu --dtype fp32, or another version of torch")
     print(f"OK: {found}; {perf_counter() - start:.0f} s")
