@@ -1,9 +1,9 @@
 """SD1.5 at its true shapes with random weights, 7 GB: enough for time and memory. For benchmark.py."""
 
 import json
+import sys
 from pathlib import Path
 
-from demo_files import config_json, save_pipeline
 from gpu import adapter_shapes
 from safetensors.torch import save_file
 
@@ -13,6 +13,9 @@ from isadca.networks.ip_adapter import IPAdapter
 from isadca.networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from isadca.networks.unet import UNet
 from isadca.networks.vae import VAE
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "train_demo"))
+from demo_files import config_json, save_pipeline  # noqa: E402
 
 
 def random_sd15(folder: Path) -> Path:
