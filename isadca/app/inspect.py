@@ -72,11 +72,10 @@ def _results(path: Path) -> dict:
 
 
 def _is_reference(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
+    from ..loading.checkpoints import read_header
     try:
-        with safe_open(path, framework="pt") as file:
-            return str((file.metadata() or {}).get("format")).startswith("isadca reference")
-    except (OSError, SafetensorError):
+        return read_header(path).metadata.get("format", "").startswith("isadca reference")
+    except Problem:
         return False  # the weights' reader says why
 
 

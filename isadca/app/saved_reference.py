@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from ..common.files import atomic_write
 from ..common.problem import Problem
+from ..loading.checkpoints import check_header
 from ..reference import Reference
 from .recipe import differing
 
@@ -33,6 +34,7 @@ def load_reference(path: str | Path, weights: str | None, device: torch.device |
     other weights made."""
     path = Path(path)
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             if about.get("format") != "isadca reference 1":

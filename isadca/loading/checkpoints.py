@@ -26,6 +26,7 @@ def read_header(path: str | Path) -> Header:
     try:
         if not path.is_file():
             raise FileNotFoundError
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             tensors = {}
             for key in file.keys():
@@ -35,6 +36,13 @@ def read_header(path: str | Path) -> Header:
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         from .diagnose import unreadable
         raise unreadable(path, error) from None
+
+
+def check_header(path: Path) -> None:
+    """Raises SafetensorError for a header that is longer than any model's: to read it would fill the memory."""
+    with open(path, "rb") as file:
+        if (length := int.from_bytes(file.read(8), "little")) > 2**24:  # published ones have a hundredth
+            raise SafetensorError(f"a header of {length} bytes")
 
 
 def recognise(path: str | Path) -> dict[str, Part]:

@@ -24,6 +24,8 @@ BYTES = {  # the errors of the safetensors library, by name, and what is no safe
     "MetadataIncompleteBuffer, long": (raw({"a": entry(0, 8)}, bytes(9)), DAMAGED),
     "ValidationOverflow": (raw({"a": entry(0, 8, (2**40, 2**40))}, bytes(8)), DAMAGED),
     "MisalignedSlice": (raw({"a": entry(0, 1, (1,), "F4")}, bytes(1)), DAMAGED),
+    "a header that fills the memory": (raw({f"{i:0200}": entry(0, 0, (0,)) for i in range(80_000)}),
+                                       "download it again (a header of "),
     "a header of brackets": (raw(b'{"a":' + b"[" * 100_000), DAMAGED),
     "zero bytes": (b"", "is empty"), "GGUF": (b"GGUF\3\0\0\0" + bytes(64), "is a GGUF file"),
     "a web page": (b"<!DOCTYPE html><html>Sign in</html>", DAMAGED),
