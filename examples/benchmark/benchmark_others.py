@@ -7,6 +7,7 @@ RIVAL (dvlab-research/RIVAL) inverts with one row a step and generates with four
 halves, one picture at a time. AdaIN, a few adds, is left out. diffusers attends with its own default, torch's SDPA.
 """
 
+import gc
 import json
 import sys
 import time
@@ -98,6 +99,7 @@ def job(ref: str, prompt: str, out: str, folder: str) -> None:
 
 
 def load(folder: str) -> None:
+    gc.collect()  # of what the imports left
     began = time.perf_counter()
     pipe = load_pipeline(folder)
     took = time.perf_counter() - began
