@@ -1,6 +1,6 @@
 """Your own attention, in one function and one command.
 
-    isadca vary examples/cat.png "a lemon" -o lemon.png --attend examples/my_attention.py:my_attention
+    isadca vary examples/cat.png "a lemon" -o lemon.png --method examples/my_attention.py:my_attention
 
 `controls` holds what a step has: t, lam, ref_kv (the reference's keys and values by site name), ip_kv (the image
 prompt's), method and kernel. Return a function (q, k, v, site) -> y, with q (B,H,N,d), k and v (B,H,M,d).

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .attention import KV, Attend, attend, by_kind, by_rows, dca, in_layers, isa, joined, rows_of
 from .common.images import to_images
+from .common.problem import Problem
 from .common.progress import Progress, shown, silent
 from .methods import ISADCA, Method, Run, method_named
 from .networks.model import Model, Watch
@@ -284,7 +285,9 @@ def vary(model: Model, ref: Reference | Image.Image | str | Path, prompt: str | 
     method = replace(method_named(method) if isinstance(method, str) else method, **changes)
     seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
     if not isinstance(ref, Reference):
-        ref = invert(model, ref, progress=options.get("progress", silent))
+        ref = invert(model, ref, method.steps, progress=options.get("progress", silent))
+    elif changes.get("steps", ref.steps) != ref.steps:
+        raise Problem(f"steps is {method.steps}, the reference was inverted with {ref.steps}; give the picture itself")
     prompts = [prompt] if isinstance(prompt, (str, Tensor)) else prompt
     zs = sample(model, ref, [Run(each, method, seeds, negative) for each in prompts], **options)
     return [picture for z in zs for picture in decode(model, z)]

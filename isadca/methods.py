@@ -44,6 +44,7 @@ class Method:
     ip_scale: float = knob(1.0, "weight of DCA's image branch")
     ip_layers: tuple[int, ...] | None = knob(None, "the image prompt in these transformer blocks only")
     init: str = knob("inverted", "z_T: the reference's, its cells shuffled, its moments alone, or noise", INITS)
+    steps: int = 50           # of the inversion that is made for it; a Reference that is there has its own
     diversity: float = knob(0.0, "d from 0 to 1: z_T becomes sqrt(1-d) z_T + sqrt(d) noise")
     source: str = "the paper, Algorithm 1; Eq. 9 between the two branches' noise"
 
@@ -92,16 +93,14 @@ class Method:
                 raise Problem(f"{name} is {getattr(self, name)}, expected {expected}")
         if not callable(self.lam):
             self.lam_at(T, T)
-        if n_layers is None:
-            return self
         return replace(self, layers=counted("layers", self.layers, n_layers),
                        ip_layers=counted("ip_layers", self.ip_layers, n_layers))
 
 
-def counted(name: str, layers: tuple[int, ...] | None, n: int) -> tuple[int, ...] | None:
-    """Numbers of transformer blocks, all counted from the start. Raises Problem where the UNet has fewer."""
-    if layers is None:
-        return None
+def counted(name: str, layers: tuple[int, ...] | None, n: int | None) -> tuple[int, ...] | None:
+    """Numbers of the UNet's n transformer blocks, all counted from the start. Raises Problem where it has fewer."""
+    if layers is None or n is None:
+        return layers
     if not all(-n <= layer < n for layer in layers):
         raise Problem(f"{name} is {layers}, expected some of 0 to {n - 1}: this UNet has {n} of them")
     return tuple(layer % n for layer in layers)
@@ -133,6 +132,7 @@ ISADCA = Method()
 
 PRESETS = {method.name: method for method in [
     ISADCA,
+    Method("quick", steps=10, source="isadca in ten steps: measured in examples/methods/README.md, on the demo alone"),
     Method("rival", lam=1.0, replace_above=601, adain_above=600, init="shuffle", t_start=961, ip_scale=0.0,
            source="RIVAL, arXiv 2305.18729; dvlab-research/RIVAL configs/rival_t2i.json, editing_early_steps 960"),
     Method("rival-edit", lam=1.0, replace_above=601, adain_above=600, init="inverted", t_start=901, ip_scale=0.0,

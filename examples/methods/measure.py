@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import isadca
-from isadca.app.own_method import own_method
+from isadca.app.own_code import own_method
 from isadca.common.images import to_tensor
 from isadca.evaluation.metrics import ssim
 

@@ -19,8 +19,7 @@ from ..methods import Method, method_named
 from ..reference import reconstruct as without_control
 from .console import log, note, say
 from .flags import parse_lam
-from .own_code import is_own
-from .own_method import own_method
+from .own_code import is_own, own_method
 from .paths import prompts_of, writable
 from .recipe import read_recipe
 from .saved_reference import save_reference
@@ -135,11 +134,11 @@ def _numbered(args: Namespace, out: Path) -> dict[int, Path]:
     return outs
 
 
-def _opened(args: Namespace, methods: Sequence[Method] = (), steps: int = 50, samplings: int = 0) -> Session:
+def _opened(args: Namespace, methods: Sequence[Method] = (), samplings: int = 0) -> Session:
     """For the commands of one reference: it is read before the model, so that a bad one is named at once."""
     picture = Picture(args.ref)
     session = Session(args, methods, samplings=samplings)
-    session.open(picture, steps)
+    session.open(picture)
     return session
 
 
@@ -168,7 +167,7 @@ def explore(args: Namespace) -> None:
     if args.method is not None:
         own = own_method(args.method)[0] if is_own(args.method) else method_named(args.method)
         beside.append(replace(own, name=own.name.rpartition(":")[2]))
-    session = _opened(args, [method, *beside], steps=20)
+    session = _opened(args, [method, *beside])
     data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.job.progress, beside)
     package, folder = Path(__file__).resolve().parent.parent, out.resolve().parent
     near = package.parent == folder or package.parent in folder.parents  # in one clone: its code is linked

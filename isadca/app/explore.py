@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from .. import __version__
-from ..common.images import clip_pixels, to_tensor
+from ..common.images import to_tensor
 from ..common.problem import Problem
 from ..common.progress import Progress, silent
 from ..ddim import predict_x0
+from ..evaluation.judge import CLIPPair
 from ..evaluation.metrics import clip_similarity, ssim
 from ..loading.checkpoints import load_into
 from ..loading.load import build, find_part
@@ -43,7 +44,7 @@ def method_at(lam: float) -> Method:
     """What is looked into. Raises Problem for a λ at which one of the branches would not be computed."""
     if not 0 < lam < 1:
         raise Problem(f"lam is {lam}, expected more than 0 and less than 1; at the ends one branch is all")
-    return Method(lam=lam)
+    return Method(lam=lam, steps=20)
 
 
 def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progress: Progress = silent,
@@ -137,11 +138,9 @@ def similarity(model: Model, ref: Reference, prompt: str):
     encoder's, in `text_encoder_with_projection` beside it; else the reference; nothing ("") without an encoder."""
     if model.vision is None:
         return "", None
-    embed = lambda image: model.vision(clip_pixels(image, model.vision.config.image_size)
-                                       .to(model.device, model.dtype))[0]
-    text = paired_text(model)
-    to = text.embed(model.tokenizer([prompt]).to(model.device)) if text else embed(ref.image)
-    return "prompt" if text else "reference", lambda image: round(clip_similarity(embed(image), to).item(), 4)
+    clip = CLIPPair(paired_text(model), model.vision, model.tokenizer)
+    label, to = ("prompt", clip.embed_text(prompt)) if clip.text else ("reference", clip.embed_picture(ref.image))
+    return label, lambda image: round(clip_similarity(clip.embed_picture(image), to).item(), 4)
 
 
 def paired_text(model: Model) -> CLIPText | None:

@@ -15,7 +15,8 @@ from .fetch import names as fetchable
 # what people coming from other tools type
 HABITS = {"--cfg": "--guidance", "--cfg-scale": "--guidance", "--guidance-scale": "--guidance",
           "--num-inference-steps": "--steps", "--negative-prompt": "--negative",
-          "--num-images": "--n", "--lambda": "--lam", "--model": "--weights", "--strength": "--diversity"}
+          "--num-images": "--n", "--lambda": "--lam", "--model": "--weights", "--strength": "--diversity",
+          "--attend": "--method"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,6 +89,11 @@ def whole(least: int, most: int = 10_000):
     return number
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """"0,1,2" -> the numbers."""
+    return tuple(whole(0, 2**62)(part.strip()) for part in text.split(","))
+
+
 def _vary(commands) -> None:
     p, groups = _command(commands, "vary", "a picture and a prompt become a variation",
                          'isadca vary examples/cat.png "a lemon" -o lemon.png --lam 0.7')
@@ -101,7 +107,6 @@ def _vary(commands) -> None:
     add("--recipe", metavar="PNG", help="make a picture of isadca vary again; other flags change it")
     add("--overwrite", action="store_true", help="in a folder: replace pictures that have another recipe")
     add("--log", type=Path, metavar="FILE", help="append a line of JSON for each finished picture")
-    groups.method.add_argument("--attend", metavar="FILE.py:NAME", help="your own attention on top of the method")
     groups.files.add_argument("--prior", metavar="FOLDER", help="Kandinsky 2.2's prior, which imagines the prompt "
                               "(with --ip-adapter ip-adapter_sd15_vit-G.safetensors)")
 
@@ -130,7 +135,7 @@ def _one_reference(commands) -> None:
             groups.basic.add_argument("--method", metavar="NAME", help="one more method to show beside λ: "
                                       f"{', '.join(PRESETS)}, or your own FILE.py:NAME")
         _out(groups, out)
-        _inversion(groups, steps=20 if name == "explore" else 50)
+        _inversion(groups, steps="20" if name == "explore" else f"{Method.steps}")
 
 
 def _evaluate(commands) -> None:
@@ -144,8 +149,8 @@ def _evaluate(commands) -> None:
         "one of examples/counterparts; fields of a method go after a colon, such as isadca:lam=0.3:init=random")
     add("--metrics", help="comma-separated (all whose weights are there): lpips-alex, lpips-vgg, ssim, ssim-luma, "
         "sifid, clip-i, clip-t, clipscore")
-    add("--seeds", default="0", help="comma-separated (%(default)s)")
-    add("--steps", type=int, default=50, help="DDIM steps (%(default)s)")
+    add("--seeds", type=parse_seeds, default=(0,), help="comma-separated (0)")
+    add("--steps", type=int, default=Method.steps, help="DDIM steps (%(default)s)")
     _weights(groups)
 
 
@@ -205,10 +210,10 @@ def _generation(groups, lam: bool = False) -> None:
     basic("-n", "--n", type=whole(1), default=1, help="pictures (%(default)s)")
     machine("--rows-at-once", type=whole(1), default=64, help="rows of one UNet call at most (%(default)s)")
     machine("--replay-at-once", type=whole(1), default=5, help="reference steps per call (%(default)s)")
-    _inversion(groups)
+    _inversion(groups, steps=f"the method's, {Method.steps}")
 
 
-def _inversion(groups, steps: int = 50) -> None:
+def _inversion(groups, steps: str) -> None:
     """What loading and inverting need."""
     add = groups.basic.add_argument
     add("--steps", type=int, help=f"DDIM steps ({steps})")

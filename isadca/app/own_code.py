@@ -1,4 +1,5 @@
-"""The user's own code, FILE.py:NAME: loaded as `python FILE.py` would find it, and its failures shown as theirs.
+"""The user's own code, FILE.py:NAME: loaded as `python FILE.py` would find it, made a Method whose attention is looked
+at while it runs, and its failures shown as theirs.
 
 Only what the user types is loaded; what a recipe or a results folder names is not.
 """
@@ -6,14 +7,17 @@ Only what the user types is loaded; what a recipe or a results folder names is n
 import hashlib
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..common.files import sha256
 from ..common.problem import Problem
+from ..methods import Method
 
 MARK = "__isadca_own_code__"  # in the globals of a module that was loaded here
 
@@ -23,7 +27,7 @@ def is_own(text: str) -> bool:
     return text.rpartition(":")[0].endswith(".py")
 
 
-def load_own(where: str, flag: str = "--method") -> tuple[Any, str]:
+def load_own(where: str, flag: str) -> tuple[Any, str]:
     """FILE.py:NAME -> the object, and the sha256 of the code: of the file, and of all that it imports from its folder.
     Raises Problem; the user wrote `flag`."""
     file, _, name = where.rpartition(":")
@@ -73,6 +77,51 @@ def _is_neighbour(name: str, folder: Path, before: set[str]) -> bool:
     found = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), None)
     return name.partition(".")[0] not in before and found in (f"{place}.py", f"{place}/__init__.py", str(place))
 
+
+# ---- as a Method -------------------------------------------------------------------------------------------------
+
+def own_method(where: str) -> tuple[Method, str]:
+    """FILE.py:NAME as a Method, and the sha256 of its code."""
+    value, digest = load_own(where, "--method")
+    return as_method(value, where), digest
+
+
+def as_method(value: Any, where: str) -> Method:
+    """A Method, or a function Controls -> Attend as the `mix` of one; what its attention gives is checked each time."""
+    method = value if isinstance(value, Method) else Method(where, mix=value, source="own code")
+    if not callable(method.mix) and method is not value:
+        raise Problem(f"{where}: is a {type(value).__name__}, expected a Method or a function Controls -> Attend")
+    return replace(method, mix=checked(method.mix, where)) if callable(method.mix) else method
+
+
+def checked(function: Callable, where: str) -> Callable:
+    """A `mix` whose attention's results are checked: torch would silently broadcast a single row or query over all of
+    them, and a NaN would be blamed on what comes after."""
+    def mix(controls):
+        made, look_at = function(controls), cache(partial(_looked_at, where=where))  # once for rows that share it
+        if isinstance(made, list):
+            return [row._replace(attend=look_at(row.attend)) for row in made]
+        return tuple(map(look_at, made)) if isinstance(made, tuple) else look_at(made)
+    return mix
+
+
+def _looked_at(attend: Callable, where: str) -> Callable:
+    if not callable(attend):
+        raise Problem(f"{where}: returned {type(attend).__name__}, expected a function (q, k, v, site) -> y")
+
+    def attend_own(q, k, v, site):
+        y = attend(q, k, v, site)
+        expected = (*q.shape[:3], v.shape[3])
+        if getattr(y, "shape", None) != expected:
+            given = tuple(y.shape) if hasattr(y, "shape") else f"a {type(y).__name__}"
+            raise Problem(f"{where}: gave {given} at {site.name}, expected {expected}, the shape of q")
+        if y.device.type == "cpu" and not y.isfinite().all():  # a GPU would be waited for in every layer
+            raise Problem(f"{where}: gave inf or NaN at {site.name}; look for a division or log of 0 in it")
+        return y
+    return attend_own
+
+
+# ---- its failures ------------------------------------------------------------------------------------------------
 
 def own_failure(error: BaseException) -> tuple[str, str] | None:
     """For an error raised in the user's own code or in what it called: its frames as Python prints them, and one line.

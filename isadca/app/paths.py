@@ -11,7 +11,6 @@ from ..common.problem import Problem
 
 INPUTS = ("ref", "refs", "recipe", "weights", "vae", "ip_adapter", "image_encoder", "prior", "pairs", "source", "paths",
           "mask", "keep", "also", "prompts_file")
-CODE = ("method", "attend")  # FILE.py:NAME
 
 
 def inputs(args: Namespace) -> Iterator[tuple[str, str]]:
@@ -23,9 +22,8 @@ def inputs(args: Namespace) -> Iterator[tuple[str, str]]:
                 flag = {"ref": "REF", "refs": "REF", "source": "FILE", "pairs": "PAIRS", "paths": "PATH",
                         "prompts_file": "PROMPT"}.get(name)
                 yield flag or f"--{name.replace('_', '-')}", str(path)
-    for name in CODE:
-        if file := (getattr(args, name, None) or "").rpartition(":")[0]:
-            yield f"--{name}", file
+    if file := (getattr(args, "method", None) or "").rpartition(":")[0]:  # FILE.py:NAME
+        yield "--method", file
 
 
 def check_inputs(args: Namespace) -> None:
@@ -52,7 +50,7 @@ def writable(path: Path, suffix: str, args: Namespace, flag: str = "-o") -> Path
     if not path.parent.is_dir():
         raise Problem(f"{path}: the folder {path.parent} does not exist; make it first")
     for name, read in inputs(args):
-        if _same(path, read):
+        if path.exists() and os.path.exists(read) and path.samefile(read):  # by whatever name: links, case
             what = "the reference itself" if name == "REF" else f"what {name} names"
             raise Problem(f"{path}: is {what}; {another}")
         inside = os.path.isdir(read) and Path(os.path.realpath(read)) in Path(os.path.realpath(path)).parents
@@ -76,11 +74,3 @@ def prompts_of(path: str) -> list[str]:
     if not prompts:
         raise Problem(f"{path}: no prompts in it, expected one a line")
     return prompts
-
-
-def _same(path: Path, read: str) -> bool:
-    """By whatever name: links, case."""
-    try:
-        return os.path.samefile(path, read)
-    except OSError:
-        return False

@@ -20,8 +20,7 @@ from ..reference import Reference, invert
 from . import recipe as recipes
 from .console import note
 from .job import Job, is_demo, strange_words
-from .own_code import is_own
-from .own_method import own_method
+from .own_code import is_own, own_method
 from .saved_reference import load_reference
 
 FITTED = {"crop": "its centre is used (or: --fit squash, --fit pad, --fit keep)", "squash": "it is distorted",
@@ -49,6 +48,7 @@ class Session:
 
     def __init__(self, args: Namespace, methods: Sequence[Method] = (), refs: int = 1, samplings: int = 0):
         self.args, self.job = args, Job(args, methods, refs, samplings)
+        self.steps = methods[0].steps if methods else Method.steps
         wants_image = any(method.wants_image for method in methods)
         prior = getattr(args, "prior", None) if wants_image else None
         encoder = args.image_encoder or ("none" if prior else None)  # the prior says what the image branch sees
@@ -71,7 +71,7 @@ class Session:
     def hashes(self) -> dict[str, str]:
         return self._hashes.result() | self._read | getattr(self.args, "own_code", {})
 
-    def open(self, picture: Picture, steps: int = 50) -> None:
+    def open(self, picture: Picture) -> None:
         """Invert the picture, or take the saved inversion. Raises Problem where a recipe says it is another."""
         if picture is getattr(self, "picture", None):  # open already, for another prompt
             return
@@ -86,7 +86,7 @@ class Session:
             self.job.begin(self.model, self.weights, self.ref.image.size, self.ref.steps)
         else:
             size = size_of(args, (self.model.size, self.model.size))
-            self.ref = self._invert(picture.image, steps if args.steps is None else args.steps, size)
+            self.ref = self._invert(picture.image, self.steps if args.steps is None else args.steps, size)
 
     def _invert(self, image: Image.Image, steps: int, size: tuple[int, int]) -> Reference:
         args, (width, height) = self.args, self.model.check_size(size)
@@ -177,9 +177,6 @@ def method_of(args: Namespace, lam=None) -> Method:
         method, args.own_code["--method"] = own_method(args.method)
     else:
         method = method_named(args.method)
-    if getattr(args, "attend", None) is not None:
-        own, args.own_code["--attend"] = own_method(args.attend, "--attend")
-        method = replace(method, mix=own.mix)
     given = {field.name: getattr(args, field.name) for field in fields(Method)
              if "help" in field.metadata and field.name != "lam" and getattr(args, field.name) is not None}
     if callable(method.mix):

@@ -55,31 +55,14 @@ def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None
 
 def _rgb(image: Image.Image, tell: Callable[[str], None] = lambda text: None) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bits(image, tell)
+        from .deep_grey import eight_bits
+        image = eight_bits(image, tell)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if np.asarray(image.getchannel("A")).min() < 255:
             tell("what is transparent becomes white")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image, tell: Callable[[str], None]) -> Image.Image:
-    """Grey of more than 8 bits, which PIL would clip. Of 16 the high byte is kept; other ranges are stretched."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not numbers")
-    low, high = values.min(), values.max()
-    if image.mode != "F" and low >= 0 and high < 2**16:
-        if 2**8 <= high < 2**12:
-            tell(f"its 16-bit values end at {high:.0f}, so it is nearly black; if they have 12 bits, multiply by 16")
-        return Image.fromarray((values // 256).astype(np.uint8))
-    if low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    elif low >= 0 and high <= 255:
-        low, high = 0.0, 255.0
-    tell(f"its values are read as {low:g} (black) to {high:g} (white)")
-    return Image.fromarray(((values - low) / (high - low) * 255).round().astype(np.uint8))
 
 
 def fit(image: Image.Image, size: tuple[int, int], how: str = "crop") -> Image.Image:

@@ -35,21 +35,21 @@ def metric_lacks(metric: str, folder: Path) -> str:
 
 
 class CLIPPair(NamedTuple):
-    text: CLIPText
+    text: CLIPText | None
     vision: CLIPVision
     tokenizer: Tokenizer
 
     def embed_text(self, text: str) -> Tensor:
         """-> (1,P)"""
-        return self.text.embed(self.tokenizer([text]).to(self._device))
+        return self.text.embed(self.tokenizer([text]).to(self._weight.device))
 
     def embed_picture(self, picture: Image.Image) -> Tensor:
         """-> (1,P)"""
-        return self.vision(clip_pixels(picture, self.vision.config.image_size).to(self._device))[0]
+        return self.vision(clip_pixels(picture, self.vision.config.image_size).to(self._weight))[0]
 
     @property
-    def _device(self) -> torch.device:
-        return next(self.vision.parameters()).device
+    def _weight(self) -> Tensor:
+        return next(self.vision.parameters())
 
 
 def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> CLIPPair:

@@ -1,5 +1,4 @@
-"""From a path to a loaded model, in one direction: locate the files, read their headers, build the networks, fill them,
-check that they belong together."""
+"""From a path to a loaded model, in one direction: locate the files, read their headers, build, fill, check."""
 
 import re
 from dataclasses import replace

@@ -90,7 +90,8 @@ FLAGS = {
     "--device meta": "device 'meta' is not available here; try --device cpu",
     "--dtype fp8": "dtype is 'fp8', expected auto, fp32", "--method magic": "method is 'magic', expected one of",
     "--fit stretch": "--fit: invalid choice: 'stretch'", "--nonsense": "unrecognized arguments: --nonsense; see",
-    "--attend nothing.py:f": "--attend is 'nothing.py:f', expected FILE.py:NAME",
+    "--attend nothing.py:f": "unrecognized arguments: --attend nothing.py:f; did you mean --method?",
+    "--method nothing.py:f": "--method is 'nothing.py:f', expected FILE.py:NAME",
     "--recipe nothing.png": "nothing.png: no such picture; check the path",
     "-o no/a.png": "the folder no does not exist; make it first",
     "-o a.jpg": "a.jpg: expected a name that ends in .png",
@@ -111,7 +112,7 @@ def test_the_reference_is_not_overwritten(folder, capsys):
 
 
 RECIPES = {  # what a forged or old recipe says: what the line says
-    "attend": ("code.py:f", "was made with --attend code.py:f; give the flag again to run that code"),
+    "method": ("code.py:f", "was made with --method code.py:f; give the flag again to run that code"),
     "nonsense": (1, "damaged or of another version: unrecognized arguments: --nonsense=1; see"),
     "steps": ([1, 2], "damaged or of another version: argument --steps: invalid int value: '1,2'; see"),
     "prompt": (7, "its recipe is damaged; give REF, PROMPT and the flags yourself"),

@@ -24,6 +24,7 @@ from isadca.common.images import RECIPE_KEY, load_image, save_png
 from isadca.common.problem import Problem
 from isadca.loading.layouts import PLAIN
 from isadca.loading.original import ORIGINAL
+from isadca.methods import PRESETS
 
 LONG = os.environ.get("HYPOTHESIS_EXAMPLES")
 FUZZ = settings(max_examples=int(LONG or 50), derandomize=not LONG, deadline=None, database=None,
@@ -119,7 +120,7 @@ def test_pictures(folder, data):
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3))
 SAID = {"ref": "cat.png", "prompt": "a lemon", "steps": 2, "lam": "0.7", "layers": [1, 2], "seed": 0, "fit": "pad",
-        "size": None, "weights": None, "attend": None}
+        "size": None, "weights": None, "method": None}
 NAMES = st.sampled_from([*SAID, "n", "guidance", "dtype", "command", "out", "grid", "help", "recipe", "func"])
 
 
@@ -138,7 +139,7 @@ def test_recipes(folder, data):
     assert code == 2 - 2 * len(called)
     for made in called:
         assert made.command == "vary" and made.out == Path("mine.png") and made.grid is None
-        assert isinstance(made.n, int) and isinstance(made.prompt, str) and not made.attend
+        assert isinstance(made.n, int) and isinstance(made.prompt, str) and made.method in (None, *PRESETS)
         assert isinstance(made.recipe_source["weights_sha256"], dict)
 
 

@@ -17,7 +17,7 @@ PLAIN = "def mine(controls):\n    return controls.kernel\n"
 
 def test_the_object_and_the_sha256_of_the_bytes_that_ran(folder):
     (folder / "mine.py").write_text("value = 7\n")
-    assert load_own(f"{folder}/mine.py:value") == (7, hashlib.sha256(b"value = 7\n").hexdigest())
+    assert load_own(f"{folder}/mine.py:value", "--method") == (7, hashlib.sha256(b"value = 7\n").hexdigest())
 
 
 def test_its_folder_is_importable_and_nothing_of_it_stays(folder):
@@ -27,7 +27,7 @@ def test_its_folder_is_importable_and_nothing_of_it_stays(folder):
         (folder / name / "helpers.py").write_text(f"who = {name!r}\n")
         (folder / name / "mine.py").write_text("from helpers import who\n")
     before = list(sys.path)
-    assert [load_own(f"{folder}/{name}/mine.py:who")[0] for name in "ab"] == ["a", "b"]
+    assert [load_own(f"{folder}/{name}/mine.py:who", "--method")[0] for name in "ab"] == ["a", "b"]
     assert sys.path == before and "helpers" not in sys.modules
 
 
@@ -38,11 +38,11 @@ def test_the_sha256_covers_the_neighbours_that_it_imports(folder):
              "third.py": "", "lib/deep.py": "depth = 2\n", "unused.py": ""}
     for name, text in files.items():
         (folder / name).write_text(text)
-    digests = {"": load_own(f"{folder}/mine.py:value")[1]}
-    assert load_own(f"{folder}/mine.py:value")[1] == digests[""] and "lib" not in sys.modules
+    digests = {"": load_own(f"{folder}/mine.py:value", "--method")[1]}
+    assert load_own(f"{folder}/mine.py:value", "--method")[1] == digests[""] and "lib" not in sys.modules
     for name, text in files.items():
         (folder / name).write_text(text + "# changed\n")
-        digests[name] = load_own(f"{folder}/mine.py:value")[1]
+        digests[name] = load_own(f"{folder}/mine.py:value", "--method")[1]
         (folder / name).write_text(text)
     assert digests.pop("unused.py") == digests[""]
     assert len(set(digests.values())) == 5
@@ -60,7 +60,7 @@ def test_what_the_folder_holds_of_others_stays_loaded(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder / "venv" / "site")
     __import__("clone")
     digest = hashlib.sha256((folder / "mine.py").read_bytes()).hexdigest()
-    assert load_own(f"{folder}/mine.py:value") == (7, digest)
+    assert load_own(f"{folder}/mine.py:value", "--method") == (7, digest)
     assert {"clone.part", "installed"} <= sys.modules.keys()
     for name in ("clone", "clone.part", "installed"):
         monkeypatch.delitem(sys.modules, name)
@@ -69,7 +69,7 @@ def test_what_the_folder_holds_of_others_stays_loaded(folder, monkeypatch):
 def test_a_dataclass_in_it_works(folder):
     (folder / "mine.py").write_text("from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
                                     "class D:\n    x: int = 3\nmade = D()\n")
-    assert load_own(f"{folder}/mine.py:made")[0].x == 3
+    assert load_own(f"{folder}/mine.py:made", "--method")[0].x == 3
 
 
 FILES = {  # the file, and what the line says
@@ -84,12 +84,11 @@ FILES = {  # the file, and what the line says
 }
 
 
-@pytest.mark.parametrize("flag", ["--method", "--attend"])
 @pytest.mark.parametrize("case", FILES)
-def test_files_that_cannot_be_used(folder, capsys, case, flag):
+def test_files_that_cannot_be_used(folder, capsys, case):
     text, says = FILES[case]
     (folder / "mine.py").write_text(text, errors="surrogateescape")
-    refused(capsys, vary(flag, f"{folder}/mine.py:mine"), says)
+    refused(capsys, vary("--method", f"{folder}/mine.py:mine"), says)
 
 
 RESULTS = {  # what a function returns, and what the line says
@@ -127,42 +126,36 @@ def test_other_failures_are_not_taken_for_the_users():
     assert own_failure(caught.value) is None
 
 
-def test_a_method_and_a_function_by_either_flag(folder, capsys):
-    """--attend is another name of it, on top of a preset."""
+def test_a_function_and_a_method(folder, capsys):
     (folder / "mine.py").write_text(f"from isadca import Method\n{PLAIN}idea = Method('idea', mix=mine, k=1)\n"
                                     "half = Method('half', lam=0.5)\n")
-    made = {}
-    for out, flags in {"a": ["--method", "mine"], "b": ["--attend", "mine"], "c": ["--method", "idea"]}.items():
-        assert main(vary(flags[0], f"{folder}/mine.py:{flags[1]}", "-o", f"{out}.png")) == 0
-        made[out] = (folder.parent / "out" / f"{out}.png")
+    for out, name in {"a": "mine", "c": "idea"}.items():
+        assert main(vary("--method", f"{folder}/mine.py:{name}", "-o", f"{out}.png")) == 0
     from isadca.common.images import load_image
-    assert load_image(made["a"]).tobytes() == load_image(made["b"]).tobytes()
     assert main(vary("--method", f"{folder}/mine.py:half", "-o", "d.png")) == 0
     assert main(vary("--lam", "0.5", "-o", "e.png")) == 0
     assert load_image("d.png").tobytes() == load_image("e.png").tobytes()
     digest = hashlib.sha256((folder / "mine.py").read_bytes()).hexdigest()
     assert read_recipe("a.png")["weights_sha256"]["--method"] == digest
-    assert read_recipe("b.png")["weights_sha256"]["--attend"] == digest
 
 
 def test_flags_that_have_no_effect_are_named(folder, capsys):
     (folder / "mine.py").write_text(PLAIN)
-    assert main(vary("--attend", f"{folder}/mine.py:mine", "--mix", "attention", "--layers", "0")) == 0
+    assert main(vary("--method", f"{folder}/mine.py:mine", "--mix", "attention", "--layers", "0")) == 0
     assert "--mix, --layers: no effect" in capsys.readouterr().err
 
 
 def test_a_recipe_does_not_run_code_and_notices_other_code(folder, capsys):
     (folder / "mine.py").write_text(PLAIN)
     where = f"{folder}/mine.py:mine"
-    for flag in ("--method", "--attend"):
-        assert main(vary(flag, where, "-o", "x.png")) == 0
-        capsys.readouterr()
-        refused(capsys, ["vary", "--recipe", "x.png", "-o", "y.png", "-q"], f"made with {flag} {where}; give the flag")
-        assert main(["vary", "--recipe", "x.png", "-o", "y.png", "-q", flag, where]) == 0
-        (folder / "mine.py").write_text(PLAIN + "# changed\n")
-        capsys.readouterr()
-        refused(capsys, ["vary", "--recipe", "x.png", "-o", "z.png", "-q", flag, where], f"made with another {flag}")
-        (folder / "mine.py").write_text(PLAIN)
+    assert main(vary("--method", where, "-o", "x.png")) == 0
+    capsys.readouterr()
+    again = ["vary", "--recipe", "x.png", "-q", "-o"]
+    refused(capsys, [*again, "y.png"], f"made with --method {where}; give the flag")
+    assert main([*again, "y.png", "--method", where]) == 0
+    (folder / "mine.py").write_text(PLAIN + "# changed\n")
+    capsys.readouterr()
+    refused(capsys, [*again, "z.png", "--method", where], "made with another --method")
 
 
 def test_a_recipe_notices_a_changed_neighbour(folder, capsys):

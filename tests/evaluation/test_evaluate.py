@@ -171,7 +171,7 @@ def test_the_other_systems_weights_belong_to_the_experiment(pairs, tmp_path, cap
 
 @pytest.mark.parametrize("args, message", [
     (["--systems", "dalle"], "system is 'dalle'"), (["--metrics", "fid"], "metric is 'fid'"),
-    (["--seeds", "0,x"], "--seeds has 'x', expected whole numbers"), (["--steps", "0"], "steps is 0")])
+    (["--seeds", "0,x"], "--seeds: 'x', expected 0 to"), (["--steps", "0"], "steps is 0")])
 def test_flags_are_checked_before_anything_is_written(pairs, tmp_path, capsys, args, message):
     assert cli.main(["evaluate", "-q", str(pairs), "-o", str(tmp_path / "results"), *args]) == 2
     assert message in capsys.readouterr().err

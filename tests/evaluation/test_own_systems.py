@@ -9,7 +9,7 @@ from conftest import DEMO
 
 import isadca
 from isadca.app import cli
-from isadca.app.systems_flag import parse_systems
+from isadca.app.evaluate import parse_systems
 from isadca.common.problem import Problem
 from isadca.evaluation import results_folder
 from isadca.evaluation.run import CODE

@@ -23,7 +23,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from twins import rand, shake
 
 import isadca
-from isadca.app.systems_flag import parse_systems
+from isadca.app.evaluate import parse_systems
 from isadca.common.problem import Problem
 from isadca.evaluation.systems import lacks, make_draw
 from isadca.loading.checkpoints import rename

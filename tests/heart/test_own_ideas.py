@@ -112,6 +112,23 @@ def test_a_longer_inversion_serves_fewer_steps(tiny):
         ref.every(3)
 
 
+def test_a_method_says_how_many_steps_a_picture_is_inverted_with(tiny):
+    """A Reference that is there has its own; to ask for others is an error, not ignored."""
+    seen = {}
+    count = lambda items, label: seen.setdefault(label, len(items)) and items
+    quick = isadca.PRESETS["quick"]
+    assert quick == Method("quick", steps=10, source=quick.source)
+    vary(tiny, PICTURE, PROMPT, "quick", progress=count)
+    assert seen == {"inverting": 10, "sampling": 10}
+    seen.clear()
+    vary(tiny, PICTURE, PROMPT, steps=3, progress=count)
+    assert seen == {"inverting": 3, "sampling": 3}
+    ref = invert(tiny, PICTURE, 4)
+    vary(tiny, ref, PROMPT, "quick", steps=4)
+    with pytest.raises(Problem, match="steps is 3, the reference was inverted with 4; give the picture"):
+        vary(tiny, ref, PROMPT, steps=3)
+
+
 def test_fixed_point_iterations_bring_the_way_back_to_the_way_up(demo, cat):
     """Against the autoencoder's own way there and back, of which no inversion can be better."""
     found = []

@@ -95,7 +95,7 @@ GALLERY = [path for path in sorted((ROOT / "examples" / "methods").glob("*.py"))
 def test_the_gallerys_methods_stay_there(waits, path, dtype):
     model = there(dtype)
     ref = isadca.invert(model, PICTURE, steps=3)
-    method, _ = load_own(f"{path}:{path.stem.upper()}")
+    method, _ = load_own(f"{path}:{path.stem.upper()}", "--method")
     waits.clear()
     isadca.vary(model, ref, "a lemon", method, seeds=(0, 1))
     assert waits == ["sampling"] + ["decoding", "picture"] * 2
