@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .attention import KV, Attend, attend, by_kind, by_rows, dca, in_layers, isa, joined, rows_of
-from .common.images import to_images
+from .common.images import RECIPE_KEY, to_images
 from .common.problem import Problem
 from .common.progress import Progress, shown, silent
 from .methods import ISADCA, Method, Run, method_named
@@ -280,6 +280,7 @@ def vary(model: Model, ref: Reference | Image.Image | str | Path, prompt: str | 
     """Variations that follow a prompt, one per seed (3 is one seed, range(3) three); several prompts are taken in turn.
 
     A picture or its path is inverted first. `options` are fields of `Options`, and of `Method`, which they change.
+    Each picture's `info` says how it was made; `save_png` writes that.
     """
     changes = {field.name: options.pop(field.name) for field in fields(Method) if field.name in options}
     method = replace(method_named(method) if isinstance(method, str) else method, **changes)
@@ -289,8 +290,12 @@ def vary(model: Model, ref: Reference | Image.Image | str | Path, prompt: str | 
     elif changes.get("steps", ref.steps) != ref.steps:
         raise Problem(f"steps is {method.steps}, the reference was inverted with {ref.steps}; give the picture itself")
     prompts = [prompt] if isinstance(prompt, (str, Tensor)) else prompt
-    zs = sample(model, ref, [Run(each, method, seeds, negative) for each in prompts], **options)
-    return [picture for z in zs for picture in decode(model, z)]
+    runs, pictures = [Run(each, method, seeds, negative) for each in prompts], []
+    for run, z in zip(runs, sample(model, ref, runs, **options)):
+        for seed, picture in zip(seeds, decode(model, z)):
+            picture.info[RECIPE_KEY] = {"command": "isadca.vary", "run": repr(replace(run, seeds=(seed,)))}
+            pictures.append(picture)
+    return pictures
 
 
 def decode(model: Model, z: Tensor) -> list[Image.Image]:

@@ -44,7 +44,7 @@ def inspect(args: Namespace) -> None:
 def _lines(path: Path, told: dict) -> list[str]:
     """The same for people."""
     if told["what"] == "a picture":
-        return [f"{path}: {told['command']}", *(f"    {name}: {json.dumps(told[name])}" for name in RECIPE)]
+        return [f"{path}: {told['command']}"] + [f"    {key}: {json.dumps(told[key])}" for key in RECIPE if told[key]]
     if told["what"] == "results":
         return [f"{path}: results of isadca evaluate, {told['variations']} variations",
                 *(f"    {name}: {json.dumps(value)}" for name, value in told["settings"].items())]
@@ -59,7 +59,7 @@ def _lines(path: Path, told: dict) -> list[str]:
 def _picture(path: Path) -> dict:
     from .recipe import read_recipe, typed_again
     recipe = read_recipe(path)
-    command = typed_again(recipe, path) if recipe.get("command") == "vary" else recipe.get("command")
+    command = typed_again(recipe, path) if recipe.get("command") == "vary" else recipe.get("run", recipe.get("command"))
     return {"what": "a picture", "command": command} | {name: recipe.get(name) for name in RECIPE}
 
 

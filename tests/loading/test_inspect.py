@@ -1,6 +1,7 @@
 """isadca inspect knows every file that isadca or its evaluation reads; the page of layouts names them all."""
 
 import json
+from dataclasses import replace
 import re
 
 import pytest
@@ -80,6 +81,19 @@ def test_json_of_every_kind(tmp_path, capsys, demo):
         ("a picture", f"{tmp_path}/a.png"), ("a saved reference", f"{tmp_path}/a.safetensors"),
         ("results", str(tmp_path))]
     assert told[0]["device"] == "cpu" and told[1]["steps"] == 1 and told[2]["settings"] == {"steps": 50}
+
+
+def test_what_vary_returns_is_saved_with_its_run(tmp_path, capsys, tiny, tiny_ref):
+    """The run as Python would make it again, one seed a picture; a picture read from a file carries nothing over."""
+    for n, picture in enumerate(isadca.vary(tiny, tiny_ref, ["a lemon", "a pig"], "rival", (3, 4), lam=0.5)):
+        isadca.save_png(picture, tmp_path / f"{n}.png")
+    told = described(capsys, *(tmp_path / f"{n}.png" for n in range(4)))
+    runs = [eval(each["command"], vars(isadca.methods)) for each in told]
+    assert [(run.prompt, run.seeds) for run in runs] == [
+        ("a lemon", (3,)), ("a lemon", (4,)), ("a pig", (3,)), ("a pig", (4,))]
+    assert runs[0].method == replace(isadca.PRESETS["rival"], lam=0.5)
+    isadca.save_png(isadca.load_image(tmp_path / "0.png"), tmp_path / "again.png")
+    assert main(["inspect", str(tmp_path / "again.png")]) == 2
 
 
 # --- headers ------------------------------------------------------------------------------------------------------
