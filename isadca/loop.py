@@ -186,12 +186,8 @@ def noise_of(model: Model, controls: Controls, branches: list[list[Guided]]) -> 
     context = joined([row.context if isinstance(row.context, dict) else model.unet.keys_values(row.context)
                       for row in rows], dim=0)
     edit = controls.method.edit and controls.method.edit(controls)
-    eps = model.noise(controls.z.repeat(len(rows), 1, 1, 1), controls.t, context, attend, edit).split(n)
-    guided = []
-    for branch in branches:
-        own, eps = eps[:len(branch)], eps[len(branch):]
-        guided.append(guide(own, *(row.weight for row in branch[1:])))
-    return guided
+    eps = iter(model.noise(controls.z.repeat(len(rows), 1, 1, 1), controls.t, context, attend, edit).split(n))
+    return [guide([next(eps) for _ in branch], *(row.weight for row in branch[1:])) for branch in branches]
 
 
 def mix_noise(controls: Controls, eps_isa: Tensor, eps_dca: Tensor) -> Noise:

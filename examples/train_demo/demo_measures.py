@@ -25,15 +25,14 @@ from isadca.common.images import clip_pixels, to_images, to_tensor
 from isadca.ddim import step
 from isadca.evaluation.metrics import inception_map, load_metric, lpips, psnr, taps
 from isadca.loading.config_json import read_config
-from isadca.loading.prior import load_prior
 from isadca.loop import decode, guide
 from isadca.networks.clip import CLIPText
-from isadca.networks.prior import embed_prompt
 from isadca.networks.sizes import CLIPTextConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "counterparts"))
 from controlnet_shuffle import load_controlnet, shuffle_content
 from image_variations import load_image_variations, squash_pixels
+from kandinsky_prior import embed_prompt, load_prior
 
 Answers = list[list[bool]]
 Task = tuple[float, int]  # guidance, seed

@@ -25,11 +25,11 @@ from train_demo import Diffusion, image_embeds, main
 
 from isadca.common.images import save_png
 from isadca.networks.clip import CLIPText
-from isadca.networks.prior import Prior, PriorConfig, alpha_bar, text_condition
 from isadca.networks.unet import UNet
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "counterparts"))
 from controlnet_shuffle import ControlNet, shuffle_content
+from kandinsky_prior import Prior, PriorConfig, alpha_bar, text_condition
 
 PLANS = {"variations": Plan(700, 32, 4e-4), "controlnet": Plan(1150, 32, 1e-3), "prior": Plan(1500, 64, 1e-3),
          "metric_clip": Plan(700, 64, 1e-3), "alex": Plan(2500, 48, 2e-3), "vgg": Plan(1500, 48, 2e-3),

@@ -107,8 +107,6 @@ def _vary(commands) -> None:
     add("--recipe", metavar="PNG", help="make a picture of isadca vary again; other flags change it")
     add("--overwrite", action="store_true", help="in a folder: replace pictures that have another recipe")
     add("--log", type=Path, metavar="FILE", help="append a line of JSON for each finished picture")
-    groups.files.add_argument("--prior", metavar="FOLDER", help="Kandinsky 2.2's prior, which imagines the prompt "
-                              "(with --ip-adapter ip-adapter_sd15_vit-G.safetensors)")
 
 
 def _sweep(commands) -> None:
@@ -145,7 +143,7 @@ def _evaluate(commands) -> None:
     add("pairs", metavar="PAIRS", help="a folder with pairs.csv, pairs.json or DreamBooth's dataset")
     _out(groups, "RESULTS/")
     add("--systems", help="comma-separated (all whose weights are there): rival, ip-adapter, isadca, "
-        "isadca-0.5, isadca-attention, isadca-prior, the other names of isadca methods, or FILE.py:NAME: your own, or "
+        "isadca-0.5, isadca-attention, the other names of isadca methods, or FILE.py:NAME: your own, or "
         "one of examples/counterparts; fields of a method go after a colon, such as isadca:lam=0.3:init=random")
     add("--metrics", help="comma-separated (all whose weights are there): lpips-alex, lpips-vgg, ssim, ssim-luma, "
         "sifid, clip-i, clip-t, clipscore")

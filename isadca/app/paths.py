@@ -9,7 +9,7 @@ from pathlib import Path
 from ..common.files import try_write
 from ..common.problem import Problem
 
-INPUTS = ("ref", "refs", "recipe", "weights", "vae", "ip_adapter", "image_encoder", "prior", "pairs", "source", "paths",
+INPUTS = ("ref", "refs", "recipe", "weights", "vae", "ip_adapter", "image_encoder", "pairs", "source", "paths",
           "mask", "keep", "also", "prompts_file")
 
 

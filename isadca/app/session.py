@@ -13,7 +13,7 @@ from PIL import Image
 from ..common.files import sha256
 from ..common.images import fit, load_image
 from ..common.problem import Problem
-from ..loading.load import default_weights, find_tokenizer, load, pick_file
+from ..loading.load import default_weights, find_tokenizer, load
 from ..loop import Run, sample
 from ..methods import Method, method_named
 from ..reference import Reference, invert
@@ -50,22 +50,15 @@ class Session:
         self.args, self.job = args, Job(args, methods, refs, samplings)
         self.steps = methods[0].steps if methods else Method.steps
         wants_image = any(method.wants_image for method in methods)
-        prior = getattr(args, "prior", None) if wants_image else None
-        encoder = args.image_encoder or ("none" if prior else None)  # the prior says what the image branch sees
-        self.model = load(args.weights, args.ip_adapter if wants_image else "none", encoder, args.vae, args.device,
-                          args.dtype, args.compile)
+        self.model = load(args.weights, args.ip_adapter if wants_image else "none", args.image_encoder, args.vae,
+                          args.device, args.dtype, args.compile)
         if wants_image and self.model.ip_adapter is None:
             note("no IP-Adapter: the DCA branch sees the text alone")
-        files, self.prior = dict(self.model.files), None
-        if prior:
-            from ..loading.prior import load_prior
-            self.prior = load_prior(prior, self.model.dtype, self.model.device)
-            files["prior"] = pick_file(Path(prior, "prior"), self.model.dtype)
         self.also: Reference | None = None  # of --also, inverted once
         self.weights = weights = Path(args.weights or default_weights())
         self._read = {f"--{name}": sha256(Path(path)) for name in ("mask", "keep", "also")
                       if (path := getattr(args, name, None)) and Path(path).is_file()}
-        self._hashes = recipes.hash_files(recipes.inputs_of(files, weights, find_tokenizer(weights)))
+        self._hashes = recipes.hash_files(recipes.inputs_of(self.model.files, weights, find_tokenizer(weights)))
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -102,7 +95,7 @@ class Session:
     def made_with(self) -> str:
         """What an inversion depends on, as a saved reference holds it."""
         return json.dumps({part: digest for part, digest in self.hashes.items()
-                           if not part.startswith(("vision", "ip_adapter", "prior", "--"))})
+                           if not part.startswith(("vision", "ip_adapter", "--"))})
 
     def _saved(self) -> Reference:
         path, args = self.picture.path, self.args
@@ -120,15 +113,11 @@ class Session:
         return ref
 
     def sample(self, runs: list[Run]) -> list[torch.Tensor]:
-        embeds = None
-        if self.prior:
-            from ..networks.prior import embed_prompt
-            embeds = embed_prompt(*self.prior, self.args.prompt, seed=self.args.seed)
         args, ref = self.args, self.ref
         if args.also and (self.also is None or (self.also.steps, self.also.image.size) != (ref.steps, ref.image.size)):
             self.also = self._invert(load_image(args.also, note), ref.steps, ref.image.size)
         return sample(self.model, ref, runs, progress=self.job.progress, at_once=args.replay_at_once,
-                      rows_at_once=args.rows_at_once, image_embeds=embeds, also=[self.also] if self.also else [],
+                      rows_at_once=args.rows_at_once, also=[self.also] if self.also else [],
                       mask=self._region(args.mask), keep=self._region(args.keep))
 
     def _region(self, path: str | None) -> torch.Tensor | None:

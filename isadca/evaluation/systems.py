@@ -1,6 +1,6 @@
 """The systems of the paper's Table 1 and Fig. 4, as values: a reference, a prompt and a seed become a picture.
 
-A system is a Method of the loop, or a function that prepares something else; examples/counterparts has two of those.
+A system is a Method of the loop, or a function that prepares something else; examples/counterparts has three of those.
 All have the paper's T = 50 and m = 7, and where the paper says nothing, their authors' settings.
 """
 
@@ -15,13 +15,10 @@ from PIL import Image
 from ..common.files import sha256
 from ..common.images import fit
 from ..common.problem import Problem
-from ..loading.checkpoints import load_into
-from ..loading.load import build, find, find_part, folder_of, inside
-from ..loading.prior import load_prior
+from ..loading.load import find, folder_of, inside
 from ..loop import vary
 from ..methods import ISADCA, PRESETS, Method
 from ..networks.model import Model
-from ..networks.prior import embed_prompt
 from ..reference import Reference, invert
 
 Draw = Callable[[Image.Image, str, int], Image.Image]  # reference, prompt, seed -> variation
@@ -45,23 +42,6 @@ class System:
         return isinstance(self.method, Method) and self.method.deterministic
 
 
-def isadca_with_prior(folder: Path, model: Model, weights: Path, steps: int) -> Draw:
-    """The ablation of Fig. 4, row 4: DCA sees the image embedding that the prior expects of the prompt."""
-    prior, encoder, tokenizer = load_prior(folder, model.dtype, model.device)
-    if model.ip_adapter is None or model.ip_adapter.embed_dim != prior.config.embed_dim:
-        path = find_extra(weights, "ip-adapter_sd15_vit-G.safetensors")
-        if path is None:
-            raise Problem(f"{weights}: the prior's embeddings are {prior.config.embed_dim} wide and need an IP-Adapter "
-                          "that reads them; put ip-adapter_sd15_vit-G.safetensors in it or beside it")
-        part = find_part(path, "ip_adapter", model.dtype)
-        model = replace(model, ip_adapter=load_into(build(part), part, model.dtype, model.device))
-
-    def draw(image: Image.Image, prompt: str, seed: int) -> Image.Image:
-        embeds = embed_prompt(prior, encoder, tokenizer, prompt, seed=seed)
-        return vary_once(ISADCA, model, image, prompt, seed, steps, image_embeds=embeds)
-    return draw
-
-
 SYSTEMS = {system.name: system for system in [  # what is compared unless told otherwise
     System("rival", "RIVAL", replace(PRESETS["rival"], guidance=7.0), paper=(0.4488, 0.5851, 0.0133, 0.8772)),
     System("ip-adapter", "IP-Adapter", replace(PRESETS["ip-adapter"], guidance=7.0),
@@ -69,7 +49,6 @@ SYSTEMS = {system.name: system for system in [  # what is compared unless told o
     System("isadca", "Ours, λ = 0.7", ISADCA, paper=(0.5413, 0.5740, 0.0150, 0.8822)),
     System("isadca-0.5", "Ours, λ = 0.5", replace(ISADCA, lam=0.5)),
     System("isadca-attention", "Ours, attention mix", replace(ISADCA, mix="attention")),
-    System("isadca-prior", "Ours, with prior", isadca_with_prior, needs="prior"),
 ]}
 
 
@@ -116,7 +95,7 @@ def lacks(system: System, model: Model, weights: Path) -> str:
     """Why a system is not available; empty if it is."""
     if system.needs and not find_extra(weights, system.needs):
         return f"has no {system.needs} in it or beside it"
-    wants_image = system.method.wants_image if isinstance(system.method, Method) else system.needs == "prior"
+    wants_image = isinstance(system.method, Method) and system.method.wants_image
     return "has no IP-Adapter" if wants_image and model.ip_adapter is None else ""
 
 

@@ -44,7 +44,7 @@ FLAGS = {  # after `vary REF PROMPT -o a.png`: what the line says
     ("--method", "a\0.py:x"): "--method is", ("--method", "no.py:x"): "--method is 'no.py:x', expected FILE.py:NAME",
     ("--weights", ""): "--weights is '', expected a path", ("--vae", ""): "--vae is '', expected a path",
     ("--ip-adapter", ""): "--ip-adapter is ''", ("--image-encoder", ""): "--image-encoder is ''",
-    ("--prior", ""): "--prior is '', expected a path", ("--weights", "a\0b"): "--weights is 'a\\x00b', expected a path",
+    ("--weights", "a\0b"): "--weights is 'a\\x00b', expected a path",
     ("--vae", "a\0b"): "--vae is", ("--weights", LONG): "xxx", ("--fit", LONG): "--fit: invalid choice",
     ("--dtype", LONG): "dtype is 'xxx", ("--device", "hpu"): "device 'hpu' is not available here; try --device cpu",
     ("--device", "privateuseone"): "device 'privateuseone' is not available here",

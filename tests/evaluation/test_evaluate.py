@@ -232,4 +232,4 @@ def test_the_demos_pairs_name_nouns_of_the_demo_world():
     found = read_pairs(DEMO / "pairs")
     assert len(found) == 20 and len({pair.reference for pair in found}) == 10
     assert all(Image.open(pair.reference).size == (64, 64) for pair in found)
-    assert len(SYSTEMS) == 6
+    assert len(SYSTEMS) == 5

@@ -5,7 +5,7 @@ import csv
 import shutil
 
 import pytest
-from conftest import DEMO
+from conftest import DEMO, ROOT
 
 import isadca
 from isadca.app import cli
@@ -77,7 +77,8 @@ def test_fields_after_a_colon():
     ("isadca:", "isadca:', expected NAME:FIELD=VALUE"), ("isadca:lamb=1", "FIELD=VALUE, the fields being lam, mix"),
     ("isadca:lam", "lam is ''"), ("isadca:lam=2", "lam is 2, expected 0 to 1"), ("isadca:k=x", "expected such as k=0"),
     ("isadca:layers=a-b", "expected such as layers="), ("dalle:lam=1", "system is 'dalle'"), ("", "system is ''"),
-    ("isadca-prior:lam=1", "isadca-prior is not a method of the loop"), ("isadca:name=x", "the fields being"),
+    (f"{ROOT}/examples/counterparts/image_variations.py:SYSTEM:lam=1", "is not a method of the loop"),
+    ("isadca:name=x", "the fields being"),
     ("none.py:idea", "--systems is 'none.py:idea', expected FILE.py:NAME"), ("isadca:lam=0.3:1", "lam is '0.3:1'")])
 def test_bad_texts_are_named(text, message):
     with pytest.raises(Problem, match="(?s)" + message.replace("(", r"\(")):

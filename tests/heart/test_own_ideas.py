@@ -112,6 +112,13 @@ def test_a_longer_inversion_serves_fewer_steps(tiny):
         ref.every(3)
 
 
+@pytest.mark.parametrize("init", ["inverted", "shuffle", "gaussian", "random"])
+def test_every_start_gives_a_picture_of_its_own(tiny, tiny_ref, init):
+    started = run(tiny, tiny_ref, Method(init=init))
+    others = [run(tiny, tiny_ref, Method(init=other)) for other in ("inverted", "random") if other != init]
+    assert all((started - other).abs().max() > 1e-3 for other in others)
+
+
 def test_a_method_says_how_many_steps_a_picture_is_inverted_with(tiny):
     """A Reference that is there has its own; to ask for others is an error, not ignored."""
     seen = {}

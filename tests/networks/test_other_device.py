@@ -7,6 +7,7 @@ are wanted and replaced here: the flag that a Watch reads after its loop, and th
 
 from dataclasses import replace
 
+import kandinsky_prior as prior
 import pytest
 import torch
 from conftest import ROOT, tiny_model
@@ -18,7 +19,6 @@ import isadca
 from isadca import loop, reference
 from isadca.app.own_code import load_own
 from isadca.loading.load import vae_dtype
-from isadca.networks import prior
 from isadca.networks.clip import CLIPText
 from isadca.networks.model import Model, Watch
 from isadca.networks.sizes import CLIPTextConfig

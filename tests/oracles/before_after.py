@@ -78,7 +78,6 @@ def by_command_line():
     for init in ("shuffle", "random"):
         yield f"vary {init}", [*vary, "--init", init, "--seed", "3", "--negative", "a cat"]
     yield "vary without an adapter", [*vary, "--ip-adapter", "none", "--lam", "0.5"]
-    yield "vary with a prior", [*vary, "--prior", "WEIGHTS/prior", "--image-encoder", "none"]
     yield "vary in bf16", [*vary, "--dtype", "bf16"]
     yield "vary one by one", [*vary, "--rows-at-once", "1", "--replay-at-once", "1"]
     yield "vary larger", [*vary, "--size", "96", "--steps", "2"]

@@ -65,7 +65,7 @@ def other_constants(value) -> list:
         return [value + 1, value - 1]
     if isinstance(value, float):
         return [value * 1.5 + 0.1]
-    return [value + "X"] if isinstance(value, str) else []
+    return [value + "X"] if isinstance(value, str) and " " not in value else []  # with blanks it is prose: a help text
 
 
 def code_nodes(tree: ast.AST, function: tuple[int, int] | None = None) -> Iterator[tuple[ast.AST, tuple | None]]:

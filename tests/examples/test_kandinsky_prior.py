@@ -3,12 +3,15 @@ published files at full shape."""
 
 import json
 import shutil
+from dataclasses import replace
 
+import kandinsky_prior as prior
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, ROOT
 from diffusers import KandinskyV22PriorPipeline, PriorTransformer
 from kandinsky import run_pipeline, unclip
+from kandinsky_prior import load_prior
 from keyfiles import listing, write_sparse
 from transformers import (
     CLIPImageProcessor,
@@ -21,10 +24,10 @@ from transformers import (
 from twins import rand, shake
 
 import isadca
+from isadca.app.evaluate import parse_systems
 from isadca.common.images import clip_pixels
 from isadca.common.problem import Problem
-from isadca.loading.prior import load_prior
-from isadca.networks import prior
+from isadca.evaluation import systems
 from isadca.networks.clip import CLIPText
 from isadca.networks.sizes import CLIPTextConfig
 from isadca.networks.tokenizer import Tokenizer
@@ -148,3 +151,24 @@ def test_a_prior_and_a_text_encoder_of_different_models(tmp_path):
     write_sparse(tmp_path / "prior" / "model.safetensors", listing("sd15_diffusers_unet"))
     with pytest.raises(Problem, match="holds unet, expected prior"):
         load_prior(tmp_path)
+
+
+# ---- as a system -------------------------------------------------------------------------------------------------
+
+def test_it_is_the_loop_with_another_image_prompt(demo, cat):
+    [system] = parse_systems(f"{ROOT}/examples/counterparts/kandinsky_prior.py:SYSTEM")
+    draw = systems.make_draw(system, demo, DEMO, 3)
+    embeds = prior.embed_prompt(*load_prior(DEMO / "prior"), "a pig", seed=2)
+    ref = isadca.invert(demo, cat, 3)
+    [expected] = isadca.vary(demo, ref, "a pig", seeds=(2,), image_embeds=embeds)
+    assert draw(cat, "a pig", 2).tobytes() == expected.tobytes() != draw(cat, "a pig", 3).tobytes()
+    [without] = isadca.vary(demo, ref, "a pig", seeds=(2,))
+    assert expected.tobytes() != without.tobytes()
+
+
+def test_what_it_lacks_is_named(demo, tmp_path):
+    with pytest.raises(Problem, match="has no prior in it or beside it.*weights/README.md"):
+        systems.make_draw(prior.SYSTEM, demo, tmp_path, 3)
+    (tmp_path / "prior").symlink_to(DEMO / "prior")
+    with pytest.raises(Problem, match="128 wide.*vit-G"):
+        systems.make_draw(prior.SYSTEM, replace(demo, ip_adapter=None), tmp_path, 3)

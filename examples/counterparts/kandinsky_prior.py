@@ -1,7 +1,13 @@
 """Kandinsky 2.2's prior: from a prompt to the CLIP image embedding that a picture of it might have.
 
-The paper's ablation (Fig. 4, row 4) feeds such an embedding to ip-adapter_sd15_vit-G instead of the reference's. A
-small diffusion model works on the embedding itself: a transformer predicts the clean one from a noised one, the text
+    isadca evaluate weights/demo/pairs -o results --systems isadca,examples/counterparts/kandinsky_prior.py:SYSTEM
+
+The paper's ablation (Fig. 4, row 4) feeds such an embedding to ip-adapter_sd15_vit-G instead of the reference's. In
+Python, with `parts = load_prior("weights/demo/prior")`:
+
+    isadca.vary(model, ref, prompt, image_embeds=embed_prompt(*parts, prompt))
+
+A small diffusion model works on the embedding itself: a transformer predicts the clean one from a noised one, the text
 and the time; UnCLIP's sampler walks the noise down.
 
 Attribute names are diffusers' checkpoint keys. References: unCLIP, arXiv 2204.06125; kandinsky-2-2-prior.
@@ -9,16 +15,23 @@ Shapes: B rows, E embedding width, L text tokens, S = L + 4 tokens in all, W tra
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from .clip import CLIPText
-from .layers import Attention, FeedForward, TimestepEmbedding, timestep_embedding
-from .tokenizer import Tokenizer
+from isadca import Model, Problem
+from isadca.evaluation.systems import Draw, System, find_extra, vary_once
+from isadca.loading.checkpoints import load_into, without_values
+from isadca.loading.load import build, find_part
+from isadca.methods import ISADCA
+from isadca.networks.clip import CLIPText
+from isadca.networks.layers import Attention, FeedForward, TimestepEmbedding, timestep_embedding
+from isadca.networks.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -149,3 +162,51 @@ def text_condition(encoder: CLIPText, tokenizer: Tokenizer, prompts: list[str]) 
     lengths = (ids == encoder.config.vocab_size - 1).int().argmax(1)  # the first end of text belongs to the prompt
     own = torch.arange(ids.shape[1], device=ids.device) <= lengths[:, None]
     return TextCondition(encoder(ids), encoder.embed(ids), own)
+
+
+# ---- from its folder, and as a system ----------------------------------------------------------------------------
+
+def load_prior(folder: str | Path, dtype: torch.dtype = torch.float32,
+               device: torch.device | str = "cpu") -> tuple[Prior, CLIPText, Tokenizer]:
+    """Kandinsky 2.2's prior folder: prior/, text_encoder/ and tokenizer/. Raises Problem where they do not fit."""
+    folder = Path(folder)
+    part = find_part(folder / "prior", "prior", dtype)
+    with without_values():
+        net = Prior(_sizes(part.path, part.shapes))
+    prior = load_into(net, part, dtype, device)
+    text = find_part(folder / "text_encoder", "text", dtype)
+    encoder = load_into(build(text), text, dtype, device)
+    if encoder.config.projection_dim != prior.config.embed_dim:
+        raise Problem(f"{text.path}: a text encoder that projects to {encoder.config.projection_dim}, the prior reads "
+                      f"{prior.config.embed_dim}; they belong to different models")
+    return prior, encoder, Tokenizer.from_folder(folder / "tokenizer", encoder.config.max_tokens)
+
+
+def _sizes(path: Path, shapes: dict[str, tuple[int, ...]]) -> PriorConfig:
+    """Read off the shapes; heads are 64 wide, which the file cannot tell."""
+    try:
+        width, embed = shapes["proj_in.weight"]
+        layers = len({key.split(".")[1] for key in shapes if key.startswith("transformer_blocks.")})
+        return PriorConfig(embed, width // 64, 64, layers, shapes["positional_embedding"][1] - 4)
+    except (KeyError, ValueError, IndexError):
+        raise Problem(f"{path}: is not Kandinsky's prior (no proj_in and positional_embedding of its shapes)") from None
+
+
+def prepare(folder: Path, model: Model, weights: Path, steps: int) -> Draw:
+    """DCA sees the image embedding that the prior expects of the prompt."""
+    prior, encoder, tokenizer = load_prior(folder, model.dtype, model.device)
+    if model.ip_adapter is None or model.ip_adapter.embed_dim != prior.config.embed_dim:
+        path = find_extra(weights, "ip-adapter_sd15_vit-G.safetensors")
+        if path is None:
+            raise Problem(f"{weights}: the prior's embeddings are {prior.config.embed_dim} wide and need an IP-Adapter "
+                          "that reads them; put ip-adapter_sd15_vit-G.safetensors in it or beside it")
+        part = find_part(path, "ip_adapter", model.dtype)
+        model = replace(model, ip_adapter=load_into(build(part), part, model.dtype, model.device))
+
+    def draw(image: Image.Image, prompt: str, seed: int) -> Image.Image:
+        embeds = embed_prompt(prior, encoder, tokenizer, prompt, seed=seed)
+        return vary_once(ISADCA, model, image, prompt, seed, steps, image_embeds=embeds)
+    return draw
+
+
+SYSTEM = System("isadca-prior", "Ours, with prior", prepare, needs="prior")
