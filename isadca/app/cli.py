@@ -18,7 +18,8 @@ from .console import Steady, say
 from .flags import Parser, parser
 from .paths import check_inputs
 
-ROOMS = {"evaluate": "evaluate", "inspect": "inspect", "methods": "inspect", "check": "check", "fetch": "fetch"}
+ROOMS = {"evaluate": "evaluate", "inspect": "inspect", "methods": "inspect", "check": "check", "fetch": "fetch",
+         "completion": "completion"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,6 +31,8 @@ def vary(args: Namespace) -> None:
     lam = None if args.lam is None else parse_lam(args.lam)
     if args.log:
         writable(args.log, args.log.suffix.lower(), args, "--log")
+    if args.preview and writable(args.preview, ".png", args, "--preview") in (args.out, args.grid):
+        raise Problem(f"--preview and -o or --grid are both {args.preview}; choose another --preview")
     prompts = prompts_of(args.prompts_file) if args.prompts_file else [args.prompt]
     several = len(args.refs) > 1 or Path(args.refs[0]).is_dir() or args.prompts_file is not None
     if args.out.is_dir() or several and not args.out.suffix:
@@ -168,7 +170,8 @@ def explore(args: Namespace) -> None:
         own = own_method(args.method)[0] if is_own(args.method) else method_named(args.method)
         beside.append(replace(own, name=own.name.rpartition(":")[2]))
     session = _opened(args, [method, *beside])
-    data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.job.progress, beside)
+    data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.job.progress, beside,
+                       session.region(args.keep))
     package, folder = Path(__file__).resolve().parent.parent, out.resolve().parent
     near = package.parent == folder or package.parent in folder.parents  # in one clone: its code is linked
     save_text(page(data | {"code": Path(os.path.relpath(package, folder)).as_posix() if near else ""}), out)

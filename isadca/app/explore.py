@@ -48,9 +48,9 @@ def method_at(lam: float) -> Method:
 
 
 def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progress: Progress = silent,
-                beside: Sequence[Method] = ()) -> dict:
+                beside: Sequence[Method] = (), keep: Tensor | None = None) -> dict:
     """All that the page shows, as JSON: the run of `method` step by step, the final pictures over λ, and `beside`
-    them those of other methods."""
+    them those of other methods, all with the same `keep`."""
     words, tokens = model.tokenizer.words(prompt), model.tokenizer.max_tokens
     grid = model.schedule.steps(ref.steps)
     moments, chain = _spread(ref.steps - 1, MOMENTS), _spread(ref.steps, CHAIN + 1)[1:]
@@ -64,7 +64,7 @@ def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progr
             recorder.maps.clear()  # one step at a time, for memory
         branches.append([predict_x0(z, eps, model.schedule.alpha_bar(t)) for eps in noise])
 
-    [z] = sample(model, ref, [Run(prompt, recorder.method)], on_step=on_step, progress=progress)
+    [z] = sample(model, ref, [Run(prompt, recorder.method)], on_step=on_step, progress=progress, keep=keep)
     show = lambda latents: [uri(image) for image in decode(model, latents)]
     return {"version": __version__, "prompt": prompt, "words": [word for word, _ in words], "lam": method.lam,
             "guidance": method.guidance, "size": ref.image.size, "times": [step.t for step in grid],
@@ -72,7 +72,8 @@ def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progr
             "chain": [{"t": grid[-i].t, "picture": picture} for i, picture in zip(chain, show(ref.chain[chain]))],
             "x0": {name: show(torch.cat(x0)) for name, x0 in zip(Noise._fields, zip(*branches))},
             "variation": show(z)[0], "attention": attention, "lams": LAMS,
-            **over_lam(model, ref, prompt, progress, beside)}
+            "keep": None if keep is None else packed(pooled(keep.flatten()[None], (keep.shape[0], keep.shape[1]))),
+            **over_lam(model, ref, prompt, progress, beside, keep)}
 
 
 def attention_maps(maps: list[Map], rows: list[list[int]], tokens: int) -> dict:
@@ -115,12 +116,13 @@ def packed(rows: Tensor) -> str:
     return base64.b64encode(bytes_.cpu().numpy().tobytes()).decode()
 
 
-def over_lam(model: Model, ref: Reference, prompt: str, progress: Progress, beside: Sequence[Method]) -> dict:
+def over_lam(model: Model, ref: Reference, prompt: str, progress: Progress, beside: Sequence[Method],
+             keep: Tensor | None = None) -> dict:
     """The picture at every λ, for both places to mix, and of each method `beside`: its distance, its similarity."""
     runs = [Run(prompt, Method(lam=lam)) for lam in LAMS]
     runs += [Run(prompt, Method(lam=lam, mix="attention")) for lam in LAMS[1:-1]]  # at both ends it is the same run
     runs += [Run(prompt, other) for other in beside]
-    pictures = decode(model, torch.cat(sample(model, ref, runs, progress=progress)))
+    pictures = decode(model, torch.cat(sample(model, ref, runs, progress=progress, keep=keep)))
     n = len(LAMS)
     noise, inner, others = pictures[:n], pictures[n: 2 * n - 2], pictures[2 * n - 2:]
     label, similar = similarity(model, ref, prompt)

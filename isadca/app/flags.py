@@ -17,6 +17,7 @@ HABITS = {"--cfg": "--guidance", "--cfg-scale": "--guidance", "--guidance-scale"
           "--num-inference-steps": "--steps", "--negative-prompt": "--negative",
           "--num-images": "--n", "--lambda": "--lam", "--model": "--weights", "--strength": "--diversity",
           "--attend": "--method"}
+KEEP = "where this is white the reference stays as it is"
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,6 +105,7 @@ def _vary(commands) -> None:
     _out(groups, "OUT", "a .png; a folder for several", required=False)  # an unknown flag is named first
     _generation(groups, lam=True)
     add("--grid", type=Path, metavar="SHEET.png", help="with --n: also a contact sheet")
+    add("--preview", type=Path, metavar="PNG", help="the picture so far, every five steps, here")
     add("--recipe", metavar="PNG", help="make a picture of isadca vary again; other flags change it")
     add("--overwrite", action="store_true", help="in a folder: replace pictures that have another recipe")
     add("--log", type=Path, metavar="FILE", help="append a line of JSON for each finished picture")
@@ -130,6 +132,7 @@ def _one_reference(commands) -> None:
             groups.basic.add_argument("prompt", metavar="PROMPT")
             groups.basic.add_argument("--lam", type=float, default=Method.lam,
                                       help="λ of the run that is taken apart (%(default)s)")
+            groups.basic.add_argument("--keep", metavar="PNG", help=KEEP)
             groups.basic.add_argument("--method", metavar="NAME", help="one more method to show beside λ: "
                                       f"{', '.join(PRESETS)}, or your own FILE.py:NAME")
         _out(groups, out)
@@ -162,6 +165,9 @@ def _files(commands) -> None:
     _machine(groups)
     groups.basic.add_argument("--renew", action="store_true", help="store it anew, after the demo was trained again")
     _command(commands, "methods", "the presets of --method, field by field", "isadca methods")
+    _, groups = _command(commands, "completion", "what bash or zsh needs to complete commands and flags",
+                         "source <(isadca completion bash)")
+    groups.basic.add_argument("shell", choices=("bash", "zsh"))
     p, groups = _command(commands, "fetch", "download the published weights, verify them, and say how to use them",
                          "isadca fetch sd15 ip-adapter --to weights")
     p.formatter_class = argparse.RawDescriptionHelpFormatter  # the names, unbroken
@@ -201,7 +207,7 @@ def _generation(groups, lam: bool = False) -> None:
                 help=field.metadata["help"] + (f" ({default:g})" if isinstance(default, float) else f" ({default})"))
     regions = groups.method.add_argument
     regions("--mask", metavar="PNG", help="the reference acts where this is white, the text alone where it is black")
-    regions("--keep", metavar="PNG", help="where this is white the reference stays as it is")
+    regions("--keep", metavar="PNG", help=KEEP)
     regions("--also", metavar="PICTURE", help="a second reference: its look joins the first one's, its layout does not")
     basic("--negative", default="", help='negative prompt ("")')
     basic("--seed", type=whole(0, 2**62), default=0, help="of the first picture; the next has seed + 1 (%(default)s)")

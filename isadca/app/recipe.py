@@ -15,8 +15,8 @@ from ..common.images import RECIPE_KEY
 from ..common.problem import Problem
 
 # these do not change the pixels, `compile` by rounding alone
-NOT_KEPT = {"command", "refs", "out", "grid", "log", "overwrite", "recipe", "recipe_source", "quiet", "own_code",
-            "prompts_file", "compile"}
+NOT_KEPT = {"command", "refs", "out", "grid", "log", "preview", "overwrite", "recipe", "recipe_source", "quiet",
+            "own_code", "prompts_file", "compile"}
 
 
 def inputs_of(files: dict[str, Path], weights: Path, vocabulary: Path) -> dict[str, Path]:

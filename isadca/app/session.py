@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from ..common.files import sha256
-from ..common.images import fit, load_image
+from ..common.images import fit, load_image, save_png
 from ..common.problem import Problem
 from ..loading.load import default_weights, find_tokenizer, load
-from ..loop import Run, sample
+from ..ddim import predict_x0
+from ..loop import Noise, Run, decode, sample
 from ..methods import Method, method_named
 from ..reference import Reference, invert
 from . import recipe as recipes
@@ -116,11 +117,22 @@ class Session:
         args, ref = self.args, self.ref
         if args.also and (self.also is None or (self.also.steps, self.also.image.size) != (ref.steps, ref.image.size)):
             self.also = self._invert(load_image(args.also, note), ref.steps, ref.image.size)
-        return sample(self.model, ref, runs, progress=self.job.progress, at_once=args.replay_at_once,
+        on_step = None if getattr(args, "preview", None) is None else self._preview(args.preview)
+        return sample(self.model, ref, runs, on_step=on_step, progress=self.job.progress, at_once=args.replay_at_once,
                       rows_at_once=args.rows_at_once, also=[self.also] if self.also else [],
-                      mask=self._region(args.mask), keep=self._region(args.keep))
+                      mask=self.region(args.mask), keep=self.region(args.keep))
 
-    def _region(self, path: str | None) -> torch.Tensor | None:
+    def _preview(self, path: Path) -> Callable:
+        """Writes what the first picture would be if its noise stayed what it is."""
+        left = [step.t for step in self.model.schedule.steps(self.ref.steps)][::5]
+
+        def on_step(run: Run, t: int, z: torch.Tensor, noise: Noise) -> None:
+            if t in left:
+                x0 = predict_x0(z[:1], noise.mixed[:1], self.model.schedule.alpha_bar(t))
+                save_png(decode(self.model, x0)[0], path)
+        return on_step
+
+    def region(self, path: str | None) -> torch.Tensor | None:
         """A picture's brightness, (h,w) from 0 to 1, fitted as the reference was."""
         if path is None:
             return None

@@ -295,3 +295,24 @@ assert main(["methods"]) == 0 and gc.get_freeze_count() == 0
 sys.argv = ["isadca", "methods"]
 assert main() == 0 and gc.get_freeze_count() > 0"""
     run_python(code, tmp_path)
+
+
+def test_a_preview_is_the_picture_so_far(isadca_cli):
+    """Written every five steps: the last one is near the picture, and is no picture of its own to --recipe."""
+    flags = ["--steps", "6", "--seed", "3", "--init", "random"]
+    assert isadca_cli("vary", CAT, "a lemon", "-o", "a.png", *flags, "--preview", "p.png")[0] == 0
+    isadca_cli("vary", CAT, "a lemon", "-o", "b.png", *flags)
+    assert (pixels("a.png") == pixels("b.png")).all() and read_recipe("a.png") == read_recipe("b.png")
+    far, near = (abs(pixels("a.png") - pixels(other)).mean() for other in (CAT, "p.png"))
+    assert 0 < near < far
+    assert isadca_cli("inspect", "p.png")[0] == 2
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--preview", "a.png"], "--preview and -o or --grid are both a.png; choose another --preview"),
+    (["--preview", CAT], "is the reference itself; choose another --preview"),
+    (["--preview", "p.jpg"], "p.jpg: expected a name that ends in .png"),
+    (["--preview", "no/p.png"], "the folder no does not exist")])
+def test_a_preview_replaces_nothing(isadca_cli, flags, says):
+    code, _, err = isadca_cli("vary", CAT, "x", "-o", "a.png", *flags)
+    assert code == 2 and says in err

@@ -241,6 +241,20 @@ def test_a_method_of_ones_own_is_shown_and_code_is_linked_only_within_a_clone(cl
     assert '"code": "../isadca"' in committed
 
 
+def test_what_is_kept_is_kept_at_every_lam_and_shown(cli):
+    Image.fromarray(np.repeat([[255, 0]], 32, 1).repeat(64, 0).astype(np.uint8)).save("left.png")
+    for flags in ([], ["--keep", "left.png"]):
+        assert cli("explore", ROCKET, "a lemon", "-o", "p.html", "--steps", 2, "-q", *flags)[0] == 0
+        data = json.loads(re.search(r'id="data">(.*?)</script>', open("p.html", encoding="utf-8").read())[1])
+        pictures = [np.array(Image.open(BytesIO(base64.b64decode(uri.partition(",")[2])))).astype(int)
+                    for uri in (data["reference"], *data["mixes"]["noise"]["pictures"], data["variation"])]
+        left, right = ([abs(other[:, half] - pictures[0][:, half]).mean() for other in pictures[1:]]
+                       for half in (slice(0, 24), slice(40, 64)))
+        assert (max(left) < 0.6 * min(right)) == bool(flags)
+    kept = np.frombuffer(base64.b64decode(data["keep"]), np.uint8).reshape(16, 16)
+    assert (kept[:, :8] == 255).all() and (kept[:, 8:] == 0).all()
+
+
 def test_without_an_adapter_there_is_a_page_still(cli):
     code, _, err = cli("explore", ROCKET, "a lemon", "-o", "p.html", "--steps", 1, "-q", "--ip-adapter", "none")
     assert code == 0 and "no IP-Adapter" in err

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from browser import DOWN, LEFT, RIGHT, UP, Browser, missing
 from conftest import ROOT
 from PIL import Image
@@ -18,9 +19,11 @@ PROMPT = 'a <b>lemon</b> & "an apple"</script>'
 def file(demo, tmp_path_factory):
     ref = isadca.invert(demo, isadca.load_image(ROOT / "examples" / "rocket.png"), 2)
     beside = [isadca.PRESETS["masactrl"]]
-    data = explore.look_inside(demo, ref, PROMPT, explore.method_at(0.7), beside=beside) | {"code": "../isadca"}
+    keep = torch.zeros(64, 64)
+    keep[:32] = 1
+    data = explore.look_inside(demo, ref, PROMPT, explore.method_at(0.7), beside=beside, keep=keep)
     path = tmp_path_factory.mktemp("page") / "page.html"
-    path.write_text(explore.page(data), encoding="utf-8")
+    path.write_text(explore.page(data | {"code": "../isadca"}), encoding="utf-8")
     return path
 
 
@@ -193,3 +196,8 @@ def test_it_fits_and_can_be_read(page, file, tmp_path, width, scheme):
 def test_a_missing_browser_is_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert missing() == "no chromium and no chromedriver; on Debian: apt-get install chromium chromium-driver"
+
+
+def test_what_is_kept_is_lit(page):
+    width, height, cells = heat(page, "keep")
+    assert (width, height) == (16, 16) and max(cells[128:]) == 0 < min(cells[:128]) <= max(cells[:128]) < 128
