@@ -167,6 +167,19 @@ def test_a_changed_idea_is_made_again_and_an_unchanged_one_is_not(pairs, tmp_pat
     assert run("mine.py:faint") == 2 and "expected a Method or a function" in capsys.readouterr().err
 
 
+def test_a_changed_neighbour_is_a_changed_idea(pairs, tmp_path, capsys):
+    """What the idea's file imports from its folder is its code, too; what lies beside it and is not imported is not."""
+    (tmp_path / "mine.py").write_text("from helpers import SCALE\n" + IDEA.replace("SCALE = 1.0", ""))
+    (tmp_path / "helpers.py").write_text("SCALE = 1.0\n")
+    times = []
+    for name, text in [("helpers.py", "SCALE = 1.0\n"), ("other.py", "SCALE = 2\n"), ("helpers.py", "SCALE = 0.5\n")]:
+        (tmp_path / name).write_text(text)
+        assert run("mine.py:idea") == 0
+        times.append(made(tmp_path / "results")["mine.py_idea-0.png"])
+    assert times[0] == times[1] and times[1][0] != times[2][0] and times[1][1] != times[2][1]
+    assert "1 of 1 variations were made by other code" in capsys.readouterr().err
+
+
 def test_a_changed_system_is_made_again(pairs, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(WHOLE)
     assert run("rival,mine.py:COPY") == 0

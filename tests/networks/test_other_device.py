@@ -10,7 +10,7 @@ from dataclasses import replace
 import kandinsky_prior as prior
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import DEMO, ROOT, tiny_model
 from controlnet_shuffle import ControlNet, restyle
 from image_variations import vary_image
 from PIL import Image
@@ -18,11 +18,14 @@ from PIL import Image
 import isadca
 from isadca import loop, reference
 from isadca.app.own_code import load_own
+from isadca.evaluation.judge import load_clip
+from isadca.evaluation.metrics import clip_score, inception_map, load_metric, lpips
 from isadca.loading.load import vae_dtype
 from isadca.networks.clip import CLIPText
 from isadca.networks.model import Model, Watch
 from isadca.networks.sizes import CLIPTextConfig
 
+METRICS = DEMO / "metrics"
 PICTURE = Image.new("RGB", (16, 16), "gray")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
@@ -125,6 +128,25 @@ def test_the_prior_stays_there(waits, dtype):
     embed = prior.embed_prompt(net, encoder, model.tokenizer, "a lemon", steps=3)
     assert (embed.device.type, embed.dtype) == ("meta", dtype)
     assert model.image_tokens(embeds=embed).shape == (2, 4, 24)
+
+
+@pytest.mark.parametrize("kind", ["alex", "vgg"])
+def test_lpips_stays_there(kind):
+    trunk, heads = (load_metric(METRICS / f"{name}.safetensors", what, "meta")
+                    for name, what in ((kind, kind), (f"lpips-{kind}", f"{kind} heads")))
+    distance = lpips(*torch.empty(2, 2, 3, 64, 64, device="meta"), kind, trunk, heads)
+    assert (distance.device.type, distance.shape, distance.dtype) == ("meta", (2,), torch.float32)
+
+
+def test_the_other_metrics_networks_stay_there():
+    """SSIM and SIFID's statistics are computed on the CPU, as float64 is not everywhere; the networks are not."""
+    found = inception_map(torch.empty(2, 3, 64, 64, device="meta"), load_metric(METRICS / "inception.safetensors",
+                                                                                 "inception", "meta"))
+    assert found.device.type == "meta" and found.ndim == 4
+    clip = load_clip(METRICS / "clip", "meta")
+    for embedded in (clip.embed_text("a lemon"), clip.embed_picture(PICTURE)):
+        assert embedded.device.type == "meta" and len(embedded) == 1
+    assert clip_score(embedded, embedded).device.type == "meta"
 
 
 FAULTS = {
