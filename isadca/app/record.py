@@ -24,7 +24,7 @@ class Map(NamedTuple):
 class record:
     """Keeps in `maps` the attention that `wanted` asks for, while `method` runs; the picture stays the same.
 
-        recorder = isadca.record(isadca.PRESETS["isadca"], lambda site, t, branch: site.layer >= 10 and t > 500)
+        recorder = isadca.record(isadca.PRESETS["isadca"], lambda site, t, branch: site.place == "up" and t > 500)
         pictures = isadca.vary(model, ref, "a lemon", recorder.method)
 
     `row` is of the batch: the last is the last variation's, in the text half. What bypasses `controls.kernel` is not
