@@ -217,21 +217,38 @@ def still(b: Bench) -> isadca.Reference:
     return isadca.Reference(ref.image, ref.chain[[0] * (b.steps + 1)])
 
 
-def overhead(b: Bench) -> None:
-    """The paper's +2.63 %, of a guided step: without λ and DCA it is ISA alone, without an image branch."""
-    t = b.model.schedule.steps(b.steps)[b.steps // 2].t
-    ref = still(b)
-    [seen] = [seen for seen in isadca.replay(b.model, ref, lambda each: each == t) if seen]
-    often = 1 if b.model.size >= 512 else 20
+ALONE = isadca.Method(lam=1.0, ip_scale=0.0)  # ISA, without an image branch
 
-    def steps_of(method: isadca.Method) -> Callable:
-        [told] = isadca.conditions(b.model, ref, [isadca.Run("a lemon", method)])
-        controls = isadca.Controls(ref.chain[:1], t, 0, b.steps, method.lam_at(t, 1000), told, seen.kv, seen.eps, None,
-                                   method, attend)
-        return lambda: [isadca.predict(b.model, controls).mixed for _ in range(often)]
-    alone = steps_of(isadca.Method(lam=1.0, ip_scale=0.0))
-    b.compare("λ and DCA over ISA alone, a step, attention mix", steps_of(ATTENTION), alone, "ours")
-    b.compare("λ and DCA over ISA alone, a step, noise mix", steps_of(NOISE), alone, "ours")
+
+def guided_step(b: Bench, method: isadca.Method) -> Callable:
+    """One step in the middle of a job, its reference replayed; on the demo 20 of them, for the clock's sake."""
+    ref, t = still(b), b.model.schedule.steps(b.steps)[b.steps // 2].t
+    [seen] = [seen for seen in isadca.replay(b.model, ref, lambda each: each == t) if seen]
+    [told] = isadca.conditions(b.model, ref, [isadca.Run("a lemon", method)])
+    controls = isadca.Controls(ref.chain[:1], t, 0, b.steps, method.lam_at(t, 1000), told, seen.kv, seen.eps, None,
+                               method, attend)
+    return lambda: [isadca.predict(b.model, controls).mixed for _ in range(1 if b.model.size >= 512 else 20)]
+
+
+def overhead(b: Bench) -> None:
+    """The paper's +2.63 %, of a guided step: without λ and DCA it is ISA alone."""
+    alone = guided_step(b, ALONE)
+    b.compare("λ and DCA over ISA alone, a step, attention mix", guided_step(b, ATTENTION), alone, "ours")
+    b.compare("λ and DCA over ISA alone, a step, noise mix", guided_step(b, NOISE), alone, "ours")
+
+
+def profile(b: Bench) -> None:
+    """Where a guided step's time goes, by torch's operators; what is left of the clock's time is Python."""
+    for name, method in {"plain": isadca.PRESETS["plain"], "ISA": ALONE, "attention mix": ATTENTION}.items():
+        run = guided_step(b, method)
+        run()
+        took = statistics.median(b.seconds(run) for _ in range(b.rounds))
+        with torch.profiler.profile() as seen:
+            run()
+        times = {event.key.removeprefix("aten::"): event.self_cpu_time_total / 1e6 for event in seen.key_averages()}
+        most = sorted(times, key=times.__getitem__, reverse=True)[:8]
+        parts = ", ".join(f"{key} {times[key] / sum(times.values()):.0%}" for key in most)
+        b.say(f"a guided step, {name}: {took:.3g} s, in operators {sum(times.values()):.3g} s: {parts}")
 
 
 def chunks(b: Bench) -> None:
@@ -267,7 +284,7 @@ def growth(b: Bench) -> None:
 
 
 MEASURES = {"unet": unet, "vae": vae, "clip": clip, "load": load, "cold": cold, "job": job, "n": many,
-            "overhead": overhead, "chunks": chunks, "growth": growth}
+            "overhead": overhead, "profile": profile, "chunks": chunks, "growth": growth}
 
 
 def main() -> None:
