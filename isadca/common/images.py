@@ -107,7 +107,7 @@ def clip_pixels(image: Image.Image, size: int) -> Tensor:
 
 def save_png(image: Image.Image, path: str | Path, recipe: dict | None = None) -> None:
     """Write a PNG whole or not at all, with the recipe as a text chunk; of a picture of `vary`, with its own."""
-    info, recipe = PngImagePlugin.PngInfo(), recipe or image.info.get(RECIPE_KEY)
+    info, recipe = PngImagePlugin.PngInfo(), image.info.get(RECIPE_KEY) if recipe is None else recipe
     if isinstance(recipe, dict):  # a text is that of the file which it was read from
         info.add_itxt(RECIPE_KEY, json.dumps(recipe))  # ASCII: a path may hold bytes that are not UTF-8
     with atomic_write(path) as temporary:

@@ -117,6 +117,7 @@ def test_the_bar_is_of_the_whole_job(isadca_cli):
     assert err.endswith(" left\n") and "inverting" in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads what Linux says of a process")
 def test_the_memory_of_the_start_line_is_what_a_run_takes(isadca_cli, tmp_path):
     # the peak of this program alone: getrusage's would be that of the process which started it, if that was larger

@@ -52,6 +52,7 @@ def own_demo(tmp_path, monkeypatch, capsys):
     return folder
 
 
+@pytest.mark.slow
 def test_check(own_demo, capsys):
     for dtype, allowed in [("fp32", 1), ("fp16", 16)]:
         assert main(["check", "--device", "cpu", "--dtype", dtype]) == 0

@@ -248,6 +248,7 @@ def test_half_precision_leaves_the_autoencoder_in_float32():
     assert next(model.unet.parameters()).dtype == torch.float16 and next(model.vae.parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["F32", "F16"])
 def test_image_variations_load_at_full_shape(dtype, tmp_path):
     files = {"unet": "sd15_diffusers_unet", "vae": "sd15_diffusers_vae_old_names",

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 SCRIPT = ROOT / "examples" / "benchmark" / "gpu.py"
@@ -16,6 +17,7 @@ def run(tmp_path, *flags: str) -> str:
     return out.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_part_has_its_row(tmp_path):
     table = run(tmp_path)
     for row in ("product of", "UNet, bf16, batch 1, eager", "UNet, fp16, batch 8, compiled", "whole job, N = 1, noise",

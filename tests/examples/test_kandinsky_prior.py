@@ -129,6 +129,7 @@ def test_the_prior_knows_what_a_prompt_looks_like(demo):
     assert similarity.argmax(1).tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_prior_loads_at_full_shape(tmp_path):
     """Beside its text encoder, whose file has no config.json in this test: one is written, as published."""
     write_sparse(tmp_path / "prior" / "diffusion_pytorch_model.safetensors", listing("kandinsky22_prior"))
