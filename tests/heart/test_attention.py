@@ -148,6 +148,14 @@ def layer_of(width: int, heads: int, context_dim: int | None = None):
     return layer, in_numpy([layer.to_q.weight, layer.to_k.weight, layer.to_v.weight])
 
 
+def test_capture_keeps_queries_and_keys_of_every_layer_for_maps():
+    """In this order, of cross-attention, too, while `store` has the keys and values of self-attention alone."""
+    (q, k, v), store, maps = torch.arange(3.0).view(3, 1, 1, 1, 1), {}, {}
+    for site in (SELF, CROSS):
+        assert torch.equal(capture(store, maps=maps)(q, k, v, site), attend(q, k, v))
+    assert store == {SELF.name: (k, v)} and maps == {SELF.name: (q, k), CROSS.name: (q, k)}
+
+
 @KERNELS
 @pytest.mark.parametrize("ref_rows", [1, 2])
 def test_capture_then_isa_is_eq_5(kernel, ref_rows):

@@ -39,7 +39,7 @@ def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_is_plain(tiny, tiny_ref
 
 def test_masked_is_one_function_on_the_left_and_another_on_the_right(tiny):
     site = next(s for s in tiny.unet.sites if s.kind == "self")._replace(hw=(2, 4))
-    q, k, v = torch.randn(3, 6, 2, 8, 4, dtype=torch.float64)  # two halves of three variations
+    q, k, v = torch.randn(3, 6, 3, 8, 4, dtype=torch.float64)  # two halves of three variations, three heads
     f, g = (lambda *x: torch.ones_like(q)), (lambda *x: torch.zeros_like(q))
     left = torch.tensor([[1.0, 0], [1, 0]])
     for mask in (left, left.repeat_interleave(5, 1), torch.stack([left, 1 - left, left])):

@@ -21,7 +21,7 @@ from isadca import (
     sample,
     save_reference,
 )
-from isadca.common.images import to_tensor
+from isadca.common.images import to_images, to_tensor
 from isadca.ddim import step
 from isadca.evaluation.metrics import psnr
 from isadca.networks.unet import UNet
@@ -105,6 +105,20 @@ def test_keys_and_values_of_a_step_are_as_many_as_derived():
 def test_reconstruction_of_a_demo_picture_looks_like_it(demo, cat):
     ref = invert(demo, cat, steps=50)
     assert psnr(reconstruct(demo, ref), ref.image) > 25
+
+
+def test_reconstruction_is_plain_ddim_under_the_references_own_prompt(tiny, tiny_ref):
+    ref, seen = replace(tiny_ref, prompt="a cat"), []
+    context, z = tiny.context(["a cat"]), tiny_ref.chain[[6]]
+    for t, t_prev in tiny.schedule.steps(6):
+        z = step(z, tiny.noise(z, t, context), tiny.schedule.alpha_bar(t), tiny.schedule.alpha_bar(t_prev))
+    back = reconstruct(tiny, ref, progress=lambda items, label: seen.append((len(items), label)) or items)
+    assert back.tobytes() == to_images(tiny.decode(z))[0].tobytes() and seen == [(6, "reconstructing")]
+    assert back.tobytes() != reconstruct(tiny, tiny_ref).tobytes()
+
+
+def test_an_inversion_has_the_papers_fifty_steps(tiny, tiny_ref):
+    assert invert(tiny, tiny_ref.image).steps == 50
 
 
 def test_save_and_load(tiny, tiny_ref, tmp_path):
