@@ -1,4 +1,4 @@
-"""PyTorch's pickles (.bin, .pth, .ckpt) to safetensors, once, on request: the only place that unpickles.
+"""PyTorch's pickles (.bin, .pth, .ckpt) to safetensors, on request. Nothing else in isadca unpickles.
 
 PyTorch's weights_only reads tensors and plain values and runs nothing; what else a file names, a trainer's classes or
 NumPy's, becomes a `Placeholder`. PyTorch before 2.6 could be made to run code all the same (CVE-2025-32434).
@@ -36,7 +36,7 @@ class Placeholder:
 
 
 class PlaceholderDict:
-    """The same for a class of dicts, into which the unpickler goes on to put items."""
+    """The same for a subclass of dict, into which the unpickler then puts items."""
 
     def __new__(cls, *args, **kwargs):
         return OrderedDict()

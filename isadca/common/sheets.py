@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 def contact_sheet(rows: list[list[Image.Image]], columns: list[str], labels: list[str]) -> Image.Image:
     """Pictures in a grid with a heading over each column and a label over each row. All of one size."""
-    enlarged = max(1, 128 / rows[0][0].width)  # where they are tiny, so that they, and the labels, can be read
+    enlarged = max(1, 128 / rows[0][0].width)  # tiny ones are enlarged, so that the labels can be read, too
     tile, tall = (round(enlarged * side) for side in rows[0][0].size)
     line, gap = max(18, tile // 12), max(2, tile // 64)
     font = ImageFont.load_default(size=line * 0.7)
