@@ -111,6 +111,16 @@ def unet(b: Bench) -> None:
                   lambda: b.pipe.unet(z, t, context, return_dict=False)[0])
 
 
+def bf16(b: Bench) -> None:
+    """Ours in bfloat16 beside ours in float32: whether the CPU has it in hardware."""
+    config, half = b.model.unet.config, isadca.load(b.folder, device=str(b.device), dtype="bf16")
+    for batch in (1, 2, 4):
+        z = torch.randn(batch, 4, config.sample_size, config.sample_size).to(b.device)
+        context = [model.context([""] * batch) for model in (half, b.model)]
+        b.compare(f"UNet in bfloat16, batch {batch}", lambda: half.noise(z, 501, context[0]),
+                  lambda: b.model.noise(z, 501, context[1]), "ours in float32")
+
+
 def vae(b: Bench) -> None:
     z = b.model.encode(b.pixels).to(b.dtype)
     b.compare("VAE, encode", lambda: b.model.vae.encode(b.pixels),
@@ -283,7 +293,7 @@ def growth(b: Bench) -> None:
         b.say(f"{name}: {measured}; about {offset:.2f} s + {slope:.3g} s × {name}")
 
 
-MEASURES = {"unet": unet, "vae": vae, "clip": clip, "load": load, "cold": cold, "job": job, "n": many,
+MEASURES = {"unet": unet, "bf16": bf16, "vae": vae, "clip": clip, "load": load, "cold": cold, "job": job, "n": many,
             "overhead": overhead, "profile": profile, "chunks": chunks, "growth": growth}
 
 
