@@ -26,8 +26,7 @@ def completion(args: Namespace) -> None:
 
 def _cases(name: str, command: Parser) -> list[str]:
     """A flag's values after it, the command's flags elsewhere."""
-    words: list[str] = []
-    cases = []
+    words, cases = list[str](), list[str]()
     for action in command._actions:
         choices = PRESETS if action.dest == "method" else action.choices or ()
         words += action.option_strings[-1:] or choices

@@ -27,8 +27,7 @@ PARSERS = {"lam": parse_lam, "layers": parse_layers, "ip_layers": parse_layers}
 def evaluate(args: Namespace) -> None:
     model = load(args.weights, args.ip_adapter, args.image_encoder, args.vae, own_device(args.device), args.dtype)
     systems = parse_systems(args.systems) if args.systems else None
-    metrics = args.metrics.split(",") if args.metrics else None
-    results = make_and_measure(args.pairs, systems, metrics, args.out, model, args.weights, args.seeds, args.steps,
+    results = make_and_measure(args.pairs, systems, args.metrics, args.out, model, args.weights, args.seeds, args.steps,
                                lambda items, label: tqdm(items, desc=label, disable=args.quiet, file=sys.stderr), note)
     for path in results.files:
         print(path)

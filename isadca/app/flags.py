@@ -148,10 +148,10 @@ def _evaluate(commands) -> None:
     add("--systems", help="comma-separated (all whose weights are there): rival, ip-adapter, isadca, "
         "isadca-0.5, isadca-attention, the other names of isadca methods, or FILE.py:NAME: your own, or "
         "one of examples/counterparts; fields of a method go after a colon, such as isadca:lam=0.3:init=random")
-    add("--metrics", help="comma-separated (all whose weights are there): lpips-alex, lpips-vgg, ssim, ssim-luma, "
-        "sifid, clip-i, clip-t, clipscore")
+    add("--metrics", type=lambda text: text.split(","), help="comma-separated (all whose weights are there): "
+        "lpips-alex, lpips-vgg, ssim, ssim-luma, sifid, clip-i, clip-t, clipscore")
     add("--seeds", type=parse_seeds, default=(0,), help="comma-separated (0)")
-    add("--steps", type=int, default=Method.steps, help="DDIM steps (%(default)s)")
+    add("--steps", type=int, help=f"DDIM steps (each system's own, {Method.steps}; quick has 10)")
     _weights(groups)
 
 

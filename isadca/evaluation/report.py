@@ -116,7 +116,7 @@ def overhead(numbers: Numbers) -> str:
             "8.6096 s against 8.3894 s (+2.63 %).")
 
 
-def about_run(items: list[Item], model: Model, steps: int, weights: Path) -> str:
+def about_run(items: list[Item], model: Model, steps: int | None, weights: Path) -> str:
     """What the table was made from, where and when; and whether it may be held against the paper's."""
     world = ("**Figures of the demo world** (64 × 64 pictures of emoji, a small model, and small metric networks that "
              "were trained in that world): they say nothing about Stable Diffusion 1.5, and only their order can be "
@@ -125,7 +125,8 @@ def about_run(items: list[Item], model: Model, steps: int, weights: Path) -> str
     device = (torch.cuda.get_device_name(model.device) if model.device.type == "cuda"
               else f"{plural(torch.get_num_threads(), 'thread')} ({platform.machine()})")
     pairs, seeds = {item.index for item in items}, {item.seed for item in items}
-    return (f"{world}{plural(len(pairs), 'pair')}, {plural(len(seeds), 'seed')}, {plural(steps, 'step')}, "
+    strides = plural(steps, "step") if steps else "each system at its own steps"
+    return (f"{world}{plural(len(pairs), 'pair')}, {plural(len(seeds), 'seed')}, {strides}, "
             f"{model.size} × {model.size}, weights {weights.name} in {str(model.dtype).removeprefix('torch.')}; "
             f"mean ± standard error over pairs. {device}, torch {torch.__version__}, {datetime.date.today()}.")
 

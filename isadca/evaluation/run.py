@@ -31,19 +31,20 @@ CODE = ("*.py", "common/*.py", "networks/*.py", "speed/*.py", "evaluation/[!r]*.
 
 def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iterable | None = None,
              metrics: Iterable[str] | None = None, out: str | Path = "results", model: Model | None = None,
-             weights: str | Path | None = None, seeds: tuple[int, ...] = (0,), steps: int = 50,
+             weights: str | Path | None = None, seeds: tuple[int, ...] = (0,), steps: int | None = None,
              progress: Progress = silent, tell: Callable[[str], None] = lambda text: None) -> Results:
     """Make and measure every variation that `out` does not hold yet, and write the tables and grids there.
 
     `pairs`: a file or folder (see read_pairs), or a list of (reference, prompt). `systems`: names of SYSTEMS or of
     presets, Systems, Methods, or functions Controls -> Attend; unless given, all of SYSTEMS whose weights are there.
     `metrics` likewise. The weights that systems and metrics have of their own are looked for in `weights` and beside
-    it. `tell` receives notes. Raises Problem.
+    it. Without `steps` each system has its own. `tell` receives notes. Raises Problem.
     """
     rank, ranks = join()
     weights, out, listed = Path(weights) if weights else default_weights(), Path(out), read_pairs(pairs)
     model = model or load(weights, device=own_device("auto"))
-    model.schedule.steps(steps)  # refuses a bad number before the work
+    if steps is not None:
+        model.schedule.steps(steps)  # refuses a bad number before the work
     folder = find_extra(weights, "metrics") or weights / "metrics"
     if systems is None:
         systems = _available({name: lacks(system, model, weights) for name, system in SYSTEMS.items()}, tell)
@@ -83,13 +84,13 @@ def list_items(pairs: list[Pair], systems: Iterable[System], seeds: tuple[int, .
             for seed in (seeds[:1] if system.deterministic else seeds)]
 
 
-def describe(model: Model, pairs: list[Pair], steps: int, ranks: int) -> dict[str, str | int]:
+def describe(model: Model, pairs: list[Pair], steps: int | None, ranks: int) -> dict[str, str | int]:
     """All that every picture depends on: a results folder begun with anything else is another experiment."""
     files = {pair.reference: sha256(pair.reference) for pair in pairs}
     networks = {kind: getattr(model, kind) for kind in ("unet", "vae", "text", "vision")}
     return {"pairs": text_sha256(repr([(files[pair.reference], pair.prompt) for pair in pairs])),
-            "steps": steps, "size": model.size, "dtype": str(model.dtype), "device": model.device.type, "ranks": ranks,
-            "CPU threads": torch.get_num_threads() if model.device.type == "cpu" else 0,
+            "steps": steps or "own", "size": model.size, "dtype": str(model.dtype), "device": model.device.type,
+            "ranks": ranks, "CPU threads": torch.get_num_threads() if model.device.type == "cpu" else 0,
             **{f"{kind} weights": sha256(path) for kind, path in model.files.items()},
             **{f"{kind} config": repr(net.config) for kind, net in networks.items() if net is not None},
             "scheduler": repr(model.schedule.config),

@@ -99,17 +99,17 @@ def lacks(system: System, model: Model, weights: Path) -> str:
     return "has no IP-Adapter" if wants_image and model.ip_adapter is None else ""
 
 
-def make_draw(system: System, model: Model, weights: Path, steps: int = 50) -> Draw:
+def make_draw(system: System, model: Model, weights: Path, steps: int | None = None) -> Draw:
     """Load what the system needs and return what draws. Raises Problem for weights that are missing."""
     method = system.method
     if isinstance(method, Method):
         checked = method.check(model.schedule.config.train_steps, len(model.unet.sites) // 2)
-        return lambda image, prompt, seed: vary_once(checked, model, image, prompt, seed, steps)
+        return lambda image, prompt, seed: vary_once(checked, model, image, prompt, seed, steps or checked.steps)
     folder = find_extra(weights, system.needs) if system.needs else folder_of(weights)
     if folder is None:
         raise Problem(f"{weights}: {lacks(system, model, weights)}, which the system {system.name} needs; see "
                       "weights/README.md, or leave it out of --systems")
-    draw = method(folder, model, weights, steps)
+    draw = method(folder, model, weights, steps or Method.steps)
     if not callable(draw):
         raise Problem(f"{system.name}: its function returned {type(draw).__name__}, expected a function (reference, "
                       "prompt, seed) -> picture")

@@ -3,6 +3,7 @@ again."""
 
 import csv
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import DEMO, ROOT
@@ -211,6 +212,20 @@ def test_other_code_of_the_package_makes_again(pairs, tmp_path, monkeypatch):
     assert run("rival") == 0
     after = made(tmp_path / "results")
     assert before["rival-0.png"][0] != after["rival-0.png"][0]
+
+
+def test_a_system_has_its_own_steps_unless_all_are_given_some(pairs, demo, tmp_path):
+    """Asked by the number of latents that each run starts from."""
+    systems, asked = [Method("three", steps=3), Method("four", steps=4)], []
+
+    def counts(controls):
+        asked.append(controls.steps)
+        return controls.kernel
+    systems = [replace(method, mix=counts) for method in systems]
+    for steps, expected, says in (None, {3, 4}, "each system at its own steps"), (2, {2}, "2 steps"):
+        asked.clear()
+        results = isadca.evaluate(pairs, systems, ["ssim"], tmp_path / f"of {steps}", demo, steps=steps)
+        assert set(asked) == expected and says in results.files[1].read_text()
 
 
 def test_from_python_in_one_call(pairs, demo, tmp_path):
