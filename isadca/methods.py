@@ -7,7 +7,7 @@ changes come up to one step earlier, and MasaCtrl's four plain steps reach furth
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Union
 
 from .common.problem import Problem
@@ -19,34 +19,34 @@ Lambda = Union[float, "Tensor", Callable[[int, int], Union[float, "Tensor"]]]  #
 INITS = ("inverted", "shuffle", "gaussian", "random")
 
 
-def knob(default, help: str, choices: tuple[str, ...] | None = None):
-    """A field of Method and a flag of the command line, with one help text for both."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def knob(default, help: str, choices: tuple[str, ...] | None = None, flag: bool = True):
+    """A field of Method and, unless `flag` says no, a flag of the command line, with one help text for both."""
+    return field(default=default, metadata={"about": help} | ({"help": help, "choices": choices} if flag else {}))
 
 
 @dataclass(frozen=True)
 class Method:
     """What one run does. The defaults are this project's reading of the paper."""
 
-    name: str = "isadca"
+    name: str = knob("isadca", "in tables and in the names of files", flag=False)
     lam: Lambda = knob(0.7, "λ of Eq. 9: 1 is ISA alone, 0 is DCA (IP-Adapter) alone; or linear:1:0.3, cosine:1:0")
-    mix: str | Callable = knob("noise", "where Eq. 9 mixes", ("noise", "attention"))  # or a function of Controls
-    before_step: Callable | None = None  # a function of the model and Controls that gives z_t as the step sees it
-    edit: Callable | None = None  # a function of Controls that gives the UNet's `edit`, for hidden states
+    mix: str | Callable = knob("noise", "where Eq. 9 mixes; in Python also your own function", ("noise", "attention"))
+    before_step: Callable | None = knob(None, "a function of the model and Controls: the step's z_t", flag=False)
+    edit: Callable | None = knob(None, "a function of Controls that gives the UNet's `edit`", flag=False)
     guidance: float = knob(7.0, "m of classifier-free guidance; 1 is without")
     k: int = knob(0, "K of Algorithm 1: control is on for k < t <= t-start, elsewhere a step is plain")
     t_start: int = knob(1000, "see --k")
     replace_above: int = knob(1000, "for t above, ISA sees the reference alone; below, reference and self")
     adain_above: int = knob(1000, "for t above, ISA's noise takes the reference noise's mean and deviation")
     layers: tuple[int, ...] | None = knob(None, "ISA in these transformer blocks only, such as 10-15 or 0,1,6")
-    ref_rows: int = 1         # 1: both guidance halves read one reference; 2: each its own, prompted like it
-    ref_maps: bool = False    # whether Controls have the reference's queries and keys, `ref_qk`
+    ref_rows: int = knob(1, "1: both guidance halves read one reference; 2: each its own, prompted like it", flag=False)
+    ref_maps: bool = knob(False, "whether Controls have the reference's queries and keys, `ref_qk`", flag=False)
     ip_scale: float = knob(1.0, "weight of DCA's image branch")
     ip_layers: tuple[int, ...] | None = knob(None, "the image prompt in these transformer blocks only")
     init: str = knob("inverted", "z_T: the reference's, its cells shuffled, its moments alone, or noise", INITS)
-    steps: int = 50           # of the inversion that is made for it; a Reference that is there has its own
+    steps: int = knob(50, "of the inversion that is made for it; a Reference that is there has its own", flag=False)
     diversity: float = knob(0.0, "d from 0 to 1: z_T becomes sqrt(1-d) z_T + sqrt(d) noise")
-    source: str = "the paper, Algorithm 1; Eq. 9 between the two branches' noise"
+    source: str = knob("the paper, Algorithm 1; Eq. 9 between the two branches' noise", "of the values", flag=False)
 
     def lam_at(self, t: int, T: int) -> "float | Tensor":
         """λ_t. A tensor stays one, so that gradients reach it. Raises Problem outside [0,1]."""
@@ -129,6 +129,7 @@ class Cosine:
 
 
 ISADCA = Method()
+Method.__doc__ = "\n\n".join([str(Method.__doc__), *(f"{f.name}: {f.metadata['about']}" for f in fields(Method))])
 
 PRESETS = {method.name: method for method in [
     ISADCA,

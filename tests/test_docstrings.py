@@ -2,9 +2,11 @@
 picture."""
 
 import inspect
+import pydoc
 import re
 import shutil
 import textwrap
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
@@ -38,3 +40,9 @@ def test_they_run(tmp_path, monkeypatch):
     assert names["picture"].size == names["pictures"][0].size == (64, 64)
     maps = names["recorder"].maps
     assert maps and all(kept.t > 500 and kept.site.place == "up" for kept in maps)
+
+
+def test_help_explains_each_field_of_a_method():
+    text = pydoc.plain(pydoc.render_doc(isadca.Method))
+    for field in fields(isadca.Method):
+        assert f"{field.name}: {field.metadata['about']}" in text

@@ -27,7 +27,7 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-CORE, PACKAGE_LINES = 2679, 6483  # lines; both may only be lowered
+CORE, PACKAGE_LINES = 2678, 6482  # lines; both may only be lowered
 
 
 def lines(path) -> int:

@@ -32,8 +32,7 @@ def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None
             warnings.simplefilter("ignore")  # old cameras' EXIF and the like
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as file:
-                frames = getattr(file, "n_frames", 1)
-                if frames > 1:
+                if (frames := getattr(file, "n_frames", 1)) > 1:
                     tell(f"{path} holds {frames} pictures; the first is used")
                 image = _rgb(ImageOps.exif_transpose(file), lambda text: tell(f"{path}: {text}"))
     except FileNotFoundError:

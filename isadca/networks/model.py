@@ -68,8 +68,7 @@ class Model:
         return torch.stack([next(rows) if isinstance(prompt, str) else prompt for prompt in prompts])
 
     def encode(self, pixels: Tensor) -> Tensor:
-        z = self.vae.encode(pixels.to(self.device, self.vae_dtype))
-        return Watch(self, "encoding")(z.to(self.latent_dtype))
+        return Watch(self, "encoding")(self.vae.encode(pixels.to(self.device, self.vae_dtype)).to(self.latent_dtype))
 
     def decode(self, z: Tensor) -> Tensor:
         return Watch(self, "decoding")(self.vae.decode(z.to(self.vae_dtype)))
