@@ -242,7 +242,7 @@ def run(waiting: list[tuple[Known, Mutant]], jobs: int, work: Path) -> None:
 def table(files: list[Known]) -> bool:
     """Print what is known. Whether all survivors are explained."""
     excuses, unexplained = accepted(), 0
-    print("| file | mutants | noticed | survivors explained | not explained | seconds each |")
+    print("| file | mutants | noticed | survivors explained | of the rest noticed | not explained |")
     print("|---|---|---|---|---|---|")
     for known in files:
         done, left = len(known.verdicts), list(map(known.row, known.survivors()))
@@ -250,9 +250,9 @@ def table(files: list[Known]) -> bool:
             continue
         open_ = Counter(row in excuses for row in left)
         unexplained += open_[False]
-        seconds = sum(row["seconds"] for row in known.verdicts.values()) / done
         ran = f"{done}" if done == len(known.mutants) else f"{done} of {len(known.mutants)}"
-        print(f"| {known.file} | {ran} | {1 - len(left) / done:.1%} | {open_[True]} | {open_[False]} | {seconds:.1f} |")
+        rest = 1 - open_[False] / (done - open_[True])
+        print(f"| {known.file} | {ran} | {1 - len(left) / done:.1%} | {open_[True]} | {rest:.1%} | {open_[False]} |")
         if done == len(known.mutants):
             for row in excuses.keys() - set(left):
                 if row[0] == known.file:

@@ -158,6 +158,17 @@ def test_header_may_be_unaligned_and_metadata_absent(tmp_path, metadata, residue
     assert header.metadata == (metadata or {})
 
 
+@pytest.mark.parametrize("dtype, fits", [("F16", True), ("BF16", True), ("F32", True), ("F64", True),
+                                         ("I64", False)])
+def test_any_float_fits_and_nothing_else(tmp_path, dtype, fits):
+    part = checkpoints.recognise(write_sparse(tmp_path / "x.safetensors", cast(VAE_NEW, dtype)))["vae"]
+    shapes = {key: shape for key, (_, shape) in VAE_NEW.items()}
+    if fits:
+        return checkpoints.check_names(shapes, part)
+    with pytest.raises(Problem, match=f" is {dtype}, expected F16, BF16, F32, F64"):
+        checkpoints.check_names(shapes, part)
+
+
 def test_order_of_the_keys_in_the_file_does_not_matter(tmp_path):
     forward = checkpoints.recognise(write_sparse(tmp_path / "a.safetensors", LDM))
     backward = checkpoints.recognise(write_sparse(tmp_path / "b.safetensors", dict(reversed(LDM.items()))))
