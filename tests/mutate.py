@@ -4,6 +4,7 @@
     python tests/mutate.py attention.py          one of them
     python tests/mutate.py --changed             the lines that differ from the last commit
     python tests/mutate.py --changed origin/main the lines that differ from there
+    python tests/mutate.py --survivors           only what survived once more: for when tests were added, none changed
     python tests/mutate.py --table               what is known, without running anything
     python tests/mutate.py ddim.py --list        its mutants, without running anything
 
@@ -19,13 +20,9 @@ equivalent to the original or accepted.
 import argparse
 import ast
 import hashlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -38,11 +35,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent / "oracles"))
 
-from mutants import Mutant, each, mutated
+from forked import PACKAGE, SECONDS, Mutated, forked, run_pytest
+from mutants import Mutant, each
 from reach import Only, Reach
 
 HERE = Path(__file__).parent
-PACKAGE, CACHE = HERE.parent / "isadca", HERE / ".mutants"
+CACHE = HERE / ".mutants"
 TESTS = {  # in this order: what notices most, and what is quick, first
     "attention.py": ["heart/test_attention.py", "heart/test_attention_identities.py", "heart/test_loop.py"],
     "ddim.py": ["heart/test_ddim.py", "heart/test_reference.py"],
@@ -55,10 +53,10 @@ TESTS = {  # in this order: what notices most, and what is quick, first
     "speed/blend_isa.py": ["speed/test_blend_isa.py", "heart/test_attention.py", "heart/test_attention_identities.py"],
     "networks/ip_adapter.py": ["networks/test_ip_adapter.py", "networks/test_traps.py", "heart/test_loop.py"],
     "networks/patch_projections.py": ["networks/test_ip_adapter.py"],
-    "networks/layers.py": ["networks/test_unet.py", "networks/test_vae.py", "networks/test_clip.py",
-                           "networks/test_traps.py", "networks/test_once.py"],
-    "networks/unet.py": ["networks/test_unet.py", "networks/test_residuals.py", "networks/test_traps.py",
-                         "networks/test_once.py", "heart/test_rival.py"],
+    "networks/layers.py": ["networks/test_unet.py", "networks/test_sites.py", "networks/test_vae.py",
+                           "networks/test_clip.py", "networks/test_traps.py", "networks/test_once.py"],
+    "networks/unet.py": ["networks/test_unet.py", "networks/test_sites.py", "networks/test_residuals.py",
+                         "networks/test_traps.py", "networks/test_once.py", "heart/test_rival.py"],
     "networks/vae.py": ["networks/test_vae.py", "networks/test_traps.py"],
     "networks/clip.py": ["networks/test_clip.py", "networks/test_traps.py"],
     "evaluation/metrics.py": ["evaluation/test_metrics.py"],
@@ -71,54 +69,9 @@ TESTS = {  # in this order: what notices most, and what is quick, first
     "loading/checkpoints.py": ["loading/test_checkpoints.py", "loading/test_loading.py", "loading/test_load.py",
                                "loading/test_bad_weight_files.py"],
 }
-SECONDS = 240                # a mutant that takes longer counts as noticed: it hangs
-MEMORY = 24 * 2**30          # of addresses: a mutant that wants more gets a MemoryError
-QUIET = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "--tb=no", "--disable-warnings"]
 
 
-# ---- in a forked process ---------------------------------------------------------------------------------------
-
-class Mutated(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
-    """Imports one module of isadca as its mutant."""
-
-    def __init__(self, file: str, number: int):
-        super().__init__(f"isadca.{file.removesuffix('.py').replace('/', '.')}", str(PACKAGE / file))
-        self.number = number
-
-    def find_spec(self, name, path, target=None):
-        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
-
-    def get_code(self, fullname):
-        return compile(mutated(Path(self.path).read_text(encoding="utf-8"), self.number), self.path, "exec")
-
-
-def forked(work: Path, body) -> int:
-    """A child that calls `body(folder)` in silence and exits with what that returns. Returns its pid."""
-    child = os.fork()
-    if child:
-        return child
-    signal.alarm(10 * SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    status = 1
-    try:
-        status = body(work / str(os.getpid()))
-    finally:
-        os._exit(status)
-
-
-def run_pytest(folder: Path, tests: list[str], *plugins) -> bool:
-    """Whether all pass. Hypothesis does not look for a smaller failure: any will do."""
-    import hypothesis
-    import pytest
-    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    hypothesis.settings.register_profile("mutants", phases=phases, derandomize=True, database=None, deadline=None)
-    hypothesis.settings.load_profile("mutants")
-    paths = [str(HERE / test) for test in tests]
-    return pytest.main([*QUIET, f"--basetemp={folder}", *paths], plugins=list(plugins)) in (0, 5)
-
+# ---- one mutant ---------------------------------------------------------------------------------------------------
 
 def notices(folder: Path, file: str, mutant: Mutant, reach: dict) -> int:
     """Run on the mutant the tests that reach its line, then the others that reach its file. 1 if one fails."""
@@ -141,20 +94,31 @@ def reaches(mutant: Mutant, lines: list[int]) -> bool:
 
 # ---- what is known of a file -----------------------------------------------------------------------------------
 
+def sha256(paths: list[Path]) -> str:
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
+
+
 class Known:
-    """A file's mutants and the verdicts so far, kept in a file: first the key and what the tests reach, then a line a
-    mutant."""
+    """A file's mutants and the verdicts so far, kept in a file: first the hashes of code and tests and what the tests
+    reach, then a line a mutant."""
 
     def __init__(self, file: str):
         self.file, self.source = file, (PACKAGE / file).read_text(encoding="utf-8")
         self.mutants = list(each(ast.parse(self.source)))
         self.path = CACHE / f"{file.replace('/', '.')}.jsonl"
-        parts = [PACKAGE / file, *(HERE / name for name in ["oracles/mutants.py", "conftest.py", *TESTS[file]])]
-        self.key = hashlib.sha256(b"\0".join(path.read_bytes() for path in parts)).hexdigest()
+        self.code = sha256([PACKAGE / file, HERE / "oracles/mutants.py"])
+        self.tests = sha256([HERE / name for name in ["conftest.py", *TESTS[file]]])
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ["{}"]
-        head = json.loads(lines[0])
-        self.reach = head["reach"] if head.get("key") == self.key else None
-        self.verdicts = {row["number"]: row for row in map(json.loads, lines[1:])} if self.reach is not None else {}
+        head, rows = json.loads(lines[0]), {row["number"]: row for row in map(json.loads, lines[1:])}
+        same_code, same_tests = head.get("code") == self.code, head.get("tests") == self.tests
+        self.reach = head["reach"] if same_code and same_tests else None
+        self.verdicts = rows if self.reach is not None else {}
+        self.noticed_before = {number: row for number, row in rows.items() if same_code and row["noticed"]}
+
+    def keep_noticed(self) -> None:
+        """What fewer tests noticed stays noticed; survivors are forgotten."""
+        self.verdicts = self.noticed_before
+        self.write()
 
     def measure(self, work: Path) -> None:
         """What each test reaches, unless it is known."""
@@ -172,8 +136,13 @@ class Known:
             sys.exit(f"mutate: the tests of {self.file} fail on the code as it is: pytest -x "
                      + " ".join(f"tests/{test}" for test in TESTS[self.file]))
         self.reach = json.loads(result.read_text())
+        self.write()
+
+    def write(self) -> None:
         CACHE.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps({"key": self.key, "reach": self.reach}) + "\n", encoding="utf-8")
+        head = {"code": self.code, "tests": self.tests, "reach": self.reach}
+        rows = map(json.dumps, [head, *self.verdicts.values()])
+        self.path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
 
     def add(self, mutant: Mutant, noticed: bool, seconds: float) -> None:
         row = {"number": mutant.number, "noticed": noticed, "seconds": round(seconds, 2)}
@@ -264,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE")
     parser.add_argument("--changed", nargs="?", const="HEAD", metavar="REVISION")
+    parser.add_argument("--survivors", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -271,6 +241,8 @@ def main() -> None:
     lines = changed_lines(args.changed) if args.changed else None
     files = args.files or [file for file in TESTS if lines is None or file in lines]
     known = [Known(file) for file in files]
+    for one in known if args.survivors else ():
+        one.keep_noticed()
     chosen = [(one, mutant) for one in known for mutant in one.mutants
               if lines is None or mutant.line in lines.get(one.file, ())]
     if args.list:

@@ -65,6 +65,26 @@ print(isadca.ddim.ScheduleConfig().beta_end, inspect.getsource(isadca.ddim.step)
     assert run_python(code, tmp_path) == "0.11800000000000001 True\n"
 
 
+def test_verdicts_hold_for_the_code_and_tests_that_they_were_found_with(mutate, tmp_path, monkeypatch):
+    monkeypatch.setattr(mutate, "CACHE", tmp_path)
+    known = mutate.Known("ddim.py")
+    known.reach = {}
+    known.write()
+    for mutant, noticed in zip(known.mutants, [True, False]):
+        known.add(mutant, noticed, 0.0)
+    assert list(mutate.Known("ddim.py").verdicts) == [0, 1]
+    monkeypatch.setitem(mutate.TESTS, "ddim.py", ["heart/test_ddim.py"])   # other tests
+    known = mutate.Known("ddim.py")
+    assert known.verdicts == {} and known.reach is None
+    known.keep_noticed()
+    assert list(known.verdicts) == [0]
+    known.source, known.code = "", "other code"
+    known.write()
+    known = mutate.Known("ddim.py")
+    known.keep_noticed()
+    assert known.verdicts == {}
+
+
 def test_it_knows_the_lines_of_a_diff(mutate):
     diff = """--- a/isadca/ddim.py
 +++ b/isadca/ddim.py

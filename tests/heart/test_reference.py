@@ -11,6 +11,7 @@ from PIL import Image
 from isadca import (
     Method,
     Problem,
+    Reference,
     Run,
     attend,
     capture,
@@ -119,6 +120,17 @@ def test_reconstruction_is_plain_ddim_under_the_references_own_prompt(tiny, tiny
 
 def test_an_inversion_has_the_papers_fifty_steps(tiny, tiny_ref):
     assert invert(tiny, tiny_ref.image).steps == 50
+
+
+def test_every_kth_step_has_the_levels_of_the_longer_strides(tiny_ref):
+    assert torch.equal(tiny_ref.every(1).chain, tiny_ref.chain)
+    assert torch.equal(tiny_ref.every(2).chain, tiny_ref.chain[[0, 1, 3, 5]])
+    with pytest.raises(Problem, match="6 steps, which 4 does not divide"):
+        tiny_ref.every(4)
+
+
+def test_a_reference_made_by_hand_has_no_prompt(tiny_ref):
+    assert Reference(tiny_ref.image, tiny_ref.chain).prompt == ""
 
 
 def test_save_and_load(tiny, tiny_ref, tmp_path):
