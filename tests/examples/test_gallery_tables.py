@@ -44,8 +44,17 @@ def test_more_iterations_are_more_exact_and_the_textbook_is_less(monkeypatch):
     monkeypatch.setattr(inversion, "EXACT", (10,))
     monkeypatch.setattr(inversion, "LONG", 20)
     quality = [psnr for _, (psnr, _) in inversion.exact(inversion.tasks(1)[0])]
-    rival, textbook, one, two, _ = quality
+    rival, textbook, one, two, _, belm = quality
     assert textbook + 5 < rival and rival + 3 < one < two
+    assert belm == inversion.SAME  # in float32
+
+
+def test_o_belm_is_exact_for_quadratics():
+    """Which determines its two coefficients; the levels need not be at one distance."""
+    below, here, above = 0.3, 1.1, 2.6
+    a, b = inversion.o_belm(below, here, above)
+    for x, slope in ((lambda s: 1, lambda s: 0), (lambda s: s, lambda s: 1), (lambda s: s * s, lambda s: 2 * s)):
+        assert x(below) == pytest.approx(a * x(above) + (1 - a) * x(here) + b * slope(here), abs=1e-12)
 
 
 def test_the_textbooks_label_is_the_level_that_is_left():
