@@ -55,6 +55,12 @@ def test_the_package_does_not_grow():
     assert sum(map(lines, [*SOURCES.values(), PACKAGE / "__init__.pyi"])) <= PACKAGE_LINES
 
 
+def test_no_file_beside_the_package_is_long():
+    """As in the package, 300 lines; the tour is a notebook, read from top to bottom."""
+    found = {path.name: lines(path) for folder in ("tests", "examples") for path in (ROOT / folder).rglob("*.py")}
+    assert {name for name, n in found.items() if n > 300} == {"tour.py"}
+
+
 # ---- one place -----------------------------------------------------------------------------------------------
 
 # the commands are named after the functions that they call

@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,11 +11,9 @@ from PIL import Image
 
 from isadca.app import commands, session
 from isadca.app.cli import main
-from isadca.app.flags import parser
 from isadca.app.recipe import read_recipe
 from isadca.app.saved_reference import load_reference
 from isadca.common.images import RECIPE_KEY
-from isadca.methods import Method
 from isadca.reference import Reference
 
 CAT = str(ROOT / "examples" / "cat.png")
@@ -250,40 +245,6 @@ def test_ctrl_c_leaves_nothing_and_exits_130(isadca_cli, monkeypatch):
     monkeypatch.setattr(commands, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     code, out, err = isadca_cli("vary", CAT, "a lemon", "-o", "a.png", "-q")
     assert (code, out, os.listdir()) == (130, [], []) and "interrupted" in err
-
-
-def test_module_and_help_run_without_torch():
-    code = ("import sys; from isadca.app.cli import main\ntry: main(['vary', '--help'])\nexcept SystemExit: pass\n"
-            "assert 'torch' not in sys.modules")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--lam" in done.stdout and "example: isadca vary" in done.stdout
-    done = subprocess.run([sys.executable, "-m", "isadca", "--version"], capture_output=True, text=True)
-    assert done.stdout.startswith("isadca 0.")
-
-
-def test_a_knob_is_a_field_of_method():
-    """Its flag, its words and its value in parentheses are the field's; a None is what was not typed."""
-    vary, sweep = (parser()[1][name]._option_string_actions for name in ("vary", "sweep"))
-    for field in fields(Method):
-        if "help" in field.metadata:
-            action = vary[f"--{field.name.replace('_', '-')}"]
-            assert action.default is None and action.help.startswith(field.metadata["help"])
-            shown = action.help[:-1].split(" (")[-1]
-            assert shown == "all" if field.default is None else float_or_text(shown) == field.default
-            assert field.name == "lam" or action.option_strings[0] in sweep
-
-
-def float_or_text(text: str):
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def test_help_is_in_groups_the_basic_one_first():
-    groups = [group.title for group in parser()[1]["vary"]._action_groups if group._group_actions]
-    assert groups == ["options", "basic", "method", "files", "machine"]
 
 
 def test_a_process_of_its_own_is_spared_collections_over_torch(tmp_path):
