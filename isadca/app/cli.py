@@ -55,7 +55,7 @@ def _guarded(argv: list[str] | None) -> int:
 
 
 def _unexpected(error: Exception) -> int:
-    """An error of the user's own code, of the system, or a lack of memory; raised again where it is isadca's own."""
+    """The exit code of an error in the user's own code, of the system, or of memory. Raises again what is isadca's."""
     short = isinstance(error, RuntimeError) and re.search("(out of|enough|allocate) memory", str(error))
     if short or isinstance(error, MemoryError):
         return _fail("out of memory; try --rows-at-once 4, --replay-at-once 1, --dtype fp16 or a smaller --size")

@@ -27,7 +27,7 @@ from .session import Picture, Session, method_of
 
 
 def vary(args: Namespace) -> None:
-    """One load of the model for all pictures. In a folder one that fails is named, and the others go on."""
+    """Loads the model once for all pictures. In a folder, a reference that fails is named, and the others go on."""
     lam = None if args.lam is None else parse_lam(args.lam)
     if args.log:
         writable(args.log, args.log.suffix.lower(), args, "--log")
@@ -93,7 +93,7 @@ def _vary(session: Session, picture: Picture, method: Method, outs: dict[int, Pa
 
 
 def _in_folder(args: Namespace, prompts: list[str]) -> dict[str, dict[str, Path]]:
-    """For every picture among the references or inside them: prompt -> output. A file's prompts are in the name."""
+    """Every picture among the references or inside them -> {prompt: its output}. A file's prompts are in the name."""
     kinds = {f".{kind.lower()}" for kind in FORMATS} | {".jpg", ".tif", ".safetensors"}
     refs: list[Path] = []
     for place in map(Path, args.refs):
@@ -109,7 +109,7 @@ def _in_folder(args: Namespace, prompts: list[str]) -> dict[str, dict[str, Path]
 
 
 def _words(prompt: str) -> str:
-    """What a file's name holds of its prompt."""
+    """The part of a file's name that is made from its prompt."""
     return "-".join(re.findall(r"\w+", prompt.lower()))[:60]
 
 
@@ -128,7 +128,7 @@ def _there(path: Path, recipe: dict, overwrite: bool) -> bool:
 
 
 def _numbered(args: Namespace, out: Path) -> dict[int, Path]:
-    """The file of each seed, checked before the work, and so is the sheet of --grid."""
+    """The output of each seed. All of them, and --grid's sheet, are checked before the work."""
     seeds = range(args.seed, args.seed + args.n)
     outs = {seed: writable(out if args.n == 1 else out.with_stem(f"{out.stem}-{seed}"), ".png", args) for seed in seeds}
     if args.grid and writable(args.grid, ".png", args, "--grid") in [out, *outs.values()]:
@@ -173,7 +173,7 @@ def explore(args: Namespace) -> None:
     data = look_inside(session.model, session.ref, session.prompt(args.prompt), method, session.job.progress, beside,
                        session.region(args.keep))
     package, folder = Path(__file__).resolve().parent.parent, out.resolve().parent
-    near = package.parent == folder or package.parent in folder.parents  # in one clone: its code is linked
+    near = package.parent == folder or package.parent in folder.parents  # page and code in one clone: linked
     save_text(page(data | {"code": Path(os.path.relpath(package, folder)).as_posix() if near else ""}), out)
     print(out)
 

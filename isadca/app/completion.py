@@ -1,4 +1,4 @@
-"""isadca completion: what a shell needs to complete commands, flags and their values, made of the parser itself."""
+"""isadca completion: what a shell needs to complete commands, flags and their values, made from the parser itself."""
 
 from argparse import Namespace
 

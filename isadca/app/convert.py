@@ -1,7 +1,7 @@
 """PyTorch's pickles (.bin, .pth, .ckpt) to safetensors, on request. Nothing else in isadca unpickles.
 
-PyTorch's weights_only reads tensors and plain values and runs nothing; what else a file names, a trainer's classes or
-NumPy's, becomes a `Placeholder`. PyTorch before 2.6 could be made to run code all the same (CVE-2025-32434).
+PyTorch's weights_only reads tensors and plain values and runs nothing. Other classes that a file names, a trainer's or
+NumPy's, become a `Placeholder`. PyTorch before 2.6 could be made to run code all the same (CVE-2025-32434).
 """
 
 import re
@@ -19,10 +19,10 @@ from ..common.files import atomic_write
 from ..common.problem import Problem
 from ..loading.checkpoints import read_header
 
-# an IP-Adapter's training checkpoint; where accelerate stored shared tensors once, adapter_modules are in the UNet
+# an IP-Adapter's training checkpoint; accelerate may store shared tensors once: adapter_modules are then in the UNet
 TRAINED = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}
 IN_UNET = re.compile(r"^unet\.(.+)\.attn2\.processor\.(to_[kv]_ip\.weight)$")
-DEEPEST, MOST_NAMES, MOST_CLASSES = 20, 10**6, 200  # of what a file may hold
+DEEPEST, MOST_NAMES, MOST_CLASSES = 20, 10**6, 200  # the most that a file may hold
 
 
 class Placeholder:
@@ -109,7 +109,7 @@ def _unpickle(source: Path) -> object:
 
 
 def _flatten(content: dict, source: Path) -> dict[str, object]:
-    """Nested keys joined with dots, without end neither in depth nor in number."""
+    """Nested keys joined with dots. Raises Problem where they are too deep or too many."""
     waiting, flat, names = [("", content, 0)], dict[str, object](), 0
     while waiting:
         prefix, inner, depth = waiting.pop()

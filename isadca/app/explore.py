@@ -41,7 +41,7 @@ SIDE = 256     # pixels a side of a picture
 
 
 def method_at(lam: float) -> Method:
-    """What is looked into. Raises Problem for a λ at which one of the branches would not be computed."""
+    """The method that is looked into. Raises Problem for a λ at which one of the branches would not be computed."""
     if not 0 < lam < 1:
         raise Problem(f"lam is {lam}, expected more than 0 and less than 1; at the ends one branch is all")
     return Method(lam=lam, steps=20)
@@ -49,8 +49,8 @@ def method_at(lam: float) -> Method:
 
 def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progress: Progress = silent,
                 beside: Sequence[Method] = (), keep: Tensor | None = None) -> dict:
-    """All that the page shows, as JSON: the run of `method` step by step, the final pictures over λ, and `beside`
-    them those of other methods, all with the same `keep`."""
+    """All that the page shows, as JSON: the run of `method` step by step, the final pictures over λ, and those of the
+    methods `beside`, all with the same `keep`."""
     words, tokens = model.tokenizer.words(prompt), model.tokenizer.max_tokens
     grid = model.schedule.steps(ref.steps)
     moments, chain = _spread(ref.steps - 1, MOMENTS), _spread(ref.steps, CHAIN + 1)[1:]
@@ -77,10 +77,10 @@ def look_inside(model: Model, ref: Reference, prompt: str, method: Method, progr
 
 
 def attention_maps(maps: list[Map], rows: list[list[int]], tokens: int) -> dict:
-    """One step's maps, per level the mean over its layers: where each query looks, where each word acts.
+    """One step's maps, averaged over the layers of each level: where each query looks, where each word acts.
 
-    `rows` are each word's rows of the context, which has `tokens`; the image prompt has fewer or more. Also the share
-    of every layer's attention that the reference gets.
+    `rows` are each word's rows of the text, which has `tokens` rows; the image prompt has another number. Also the
+    share of every layer's attention that the reference gets.
     """
     levels, layers = [], []
     looks = {site: p for site, _, branch, p in maps if site.kind == "self" and branch == 0}
@@ -118,7 +118,7 @@ def packed(rows: Tensor) -> str:
 
 def over_lam(model: Model, ref: Reference, prompt: str, progress: Progress, beside: Sequence[Method],
              keep: Tensor | None = None) -> dict:
-    """The picture at every λ, for both places to mix, and of each method `beside`: its distance, its similarity."""
+    """The picture at every λ, for both places to mix, and of each method `beside`, with its distance and similarity."""
     runs = [Run(prompt, Method(lam=lam)) for lam in LAMS]
     runs += [Run(prompt, Method(lam=lam, mix="attention")) for lam in LAMS[1:-1]]  # at both ends it is the same run
     runs += [Run(prompt, other) for other in beside]
@@ -136,8 +136,8 @@ def over_lam(model: Model, ref: Reference, prompt: str, progress: Progress, besi
 
 
 def similarity(model: Model, ref: Reference, prompt: str):
-    """What pictures are compared with, and the function: the prompt where there is a CLIP text encoder of the image
-    encoder's, in `text_encoder_with_projection` beside it; else the reference; nothing ("") without an encoder."""
+    """What pictures are compared with, and the function: the prompt, if the image encoder's text encoder is beside it
+    in `text_encoder_with_projection`; else the reference; without an image encoder nothing, ("", None)."""
     if model.vision is None:
         return "", None
     clip = CLIPPair(paired_text(model), model.vision, model.tokenizer)

@@ -1,7 +1,7 @@
 """The published weights: listed in fetch.tsv by commit, size and sha256, downloaded, verified, then moved into place.
 
-huggingface_hub brings HF_ENDPOINT, HF_HUB_OFFLINE, tokens and the progress bar. Of its functions http_get is used, not
-hf_hub_download: that one starts again from nothing after a run that was cut off.
+huggingface_hub brings HF_ENDPOINT, HF_HUB_OFFLINE, tokens and the progress bar. Its http_get is used rather than
+hf_hub_download, which starts again from nothing after a run that was cut off.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def download(item: Pinned, to: Path) -> None:
         _download(item, part)
     except Problem:
         raise
-    except Exception as error:  # whatever HTTP library huggingface_hub is built on has its own
+    except Exception as error:  # the HTTP library below huggingface_hub has errors of its own
         raise Problem(_explain(error, item, to)) from None
     if why := _differs(item, part):
         part.unlink()

@@ -101,12 +101,12 @@ def _vary(commands) -> None:
     p.usage = "isadca vary REF [REF ...] PROMPT -o OUT [flags]"
     add = groups.basic.add_argument
     add("words", nargs="*", metavar="REF PROMPT", help="pictures, folders of them, or what isadca invert wrote; "
-        "last the prompt, or a .txt file with one a line")
+        "then the prompt, or a .txt file with one prompt a line")
     _out(groups, "OUT", "a .png; a folder for several", required=False)  # an unknown flag is named first
     _generation(groups, lam=True)
     add("--grid", type=Path, metavar="SHEET.png", help="with --n: also a contact sheet")
-    add("--preview", type=Path, metavar="PNG", help="the picture so far, every five steps, here")
-    add("--recipe", metavar="PNG", help="make a picture of isadca vary again; other flags change it")
+    add("--preview", type=Path, metavar="PNG", help="write the picture so far here, every five steps")
+    add("--recipe", metavar="PNG", help="a PNG of isadca vary: make it again; other flags change it")
     add("--overwrite", action="store_true", help="in a folder: replace pictures that have another recipe")
     add("--log", type=Path, metavar="FILE", help="append a line of JSON for each finished picture")
 
@@ -146,7 +146,7 @@ def _evaluate(commands) -> None:
     add("pairs", metavar="PAIRS", help="a folder with pairs.csv, pairs.json or DreamBooth's dataset")
     _out(groups, "RESULTS/")
     add("--systems", help="comma-separated (all whose weights are there): rival, ip-adapter, isadca, "
-        "isadca-0.5, isadca-attention, the other names of isadca methods, or FILE.py:NAME: your own, or "
+        "isadca-0.5, isadca-attention, a preset that isadca methods lists, or FILE.py:NAME: your own, or "
         "one of examples/counterparts; fields of a method go after a colon, such as isadca:lam=0.3:init=random")
     add("--metrics", type=lambda text: text.split(","), help="comma-separated (all whose weights are there): "
         "lpips-alex, lpips-vgg, ssim, ssim-luma, sifid, clip-i, clip-t, clipscore")
@@ -197,7 +197,7 @@ def _generation(groups, lam: bool = False) -> None:
     """What sampling needs. A default of None means the method's own."""
     basic, machine = groups.basic.add_argument, groups.machine.add_argument
     basic("--method", metavar="NAME", help=f"{', '.join(PRESETS)}, or your own FILE.py:NAME ({Method.name})")
-    groups.method.description = "In parentheses isadca's own value; isadca methods lists those of the others."
+    groups.method.description = "In parentheses: the value in the preset isadca; isadca methods lists the others'."
     for field in fields(Method):
         if "help" in field.metadata and (lam or field.name != "lam"):
             default = "all" if field.default is None else field.default
@@ -211,7 +211,7 @@ def _generation(groups, lam: bool = False) -> None:
     regions("--also", metavar="PICTURE", help="a second reference: its look joins the first one's, its layout does not")
     basic("--negative", default="", help='negative prompt ("")')
     basic("--seed", type=whole(0, 2**62), default=0, help="of the first picture; the next has seed + 1 (%(default)s)")
-    basic("-n", "--n", type=whole(1), default=1, help="pictures (%(default)s)")
+    basic("-n", "--n", type=whole(1), default=1, help="number of pictures (%(default)s)")
     machine("--rows-at-once", type=whole(1), default=64, help="rows of one UNet call at most (%(default)s)")
     machine("--replay-at-once", type=whole(1), default=5, help="reference steps per call (%(default)s)")
     _inversion(groups, steps=f"the method's, {Method.steps}")
@@ -223,11 +223,11 @@ def _inversion(groups, steps: str) -> None:
     add("--steps", type=int, help=f"DDIM steps ({steps})")
     add("--ref-prompt", default="", help='what the reference shows, for its inversion ("")')
     add("--fixed-point", type=whole(0, 100), default=0, metavar="N",
-        help="UNet calls more for each step of the inversion, which make it more exact (%(default)s)")
-    add("--fit", choices=("crop", "squash", "pad", "keep"), help="a picture of another shape: its centre, distorted, "
-        "with white borders, or the picture's own shape at about as many pixels (crop: all training was square)")
+        help="extra UNet calls for each step of the inversion, which make it more exact (%(default)s)")
+    add("--fit", choices=("crop", "squash", "pad", "keep"), help="a picture of another shape: crop to the centre, "
+        "distort, pad with white, or keep its shape at about as many pixels (crop: all training was square)")
     add("--size", type=parse_size, help="in pixels, such as 512 or 512x768 (what the model was trained on)")
-    add("--width", type=whole(1), help="alone or with --height, instead of --size")
+    add("--width", type=whole(1), help="in pixels, alone or with --height, instead of --size")
     add("--height", type=whole(1), help="see --width")
     _weights(groups)
     groups.machine.add_argument("--compile", action="store_true", help="compile the UNet first, about a minute, for "

@@ -1,6 +1,6 @@
 """isadca inspect: what a file is, for every kind that isadca reads or writes. isadca methods: the presets.
 
-Each kind is described by a dict, which --json prints as it is; the text is made of the dict.
+Each kind is described by a dict, which --json prints as it is; the text is made from the dict.
 """
 
 import json
@@ -15,7 +15,7 @@ from ..loading.layouts import PREFIXES, Part
 from ..methods import PRESETS
 from .console import note
 
-# what isadca's evaluation and examples read beyond a model, by a key that only this has
+# files that evaluation and examples read beyond a model, each told by a key that no other file has
 OTHERS = [("ControlNet", "diffusers", "controlnet_cond_embedding.conv_in.weight"),
           ("ControlNet", "LDM", "input_hint_block.0.weight"),
           ("ControlNet", "LDM", "control_model.input_hint_block.0.weight"),

@@ -73,7 +73,7 @@ def strange_words(model: Model, prompt: str) -> list[str]:
 
 
 def rows_a_step(method: Method) -> int:
-    """Rows of the UNet that a step of one picture takes: one a guidance half and branch."""
+    """Rows of the UNet that a step of one picture takes: one for each guidance half and branch."""
     branches = 2 if method.mix == "noise" and method.lam not in (0, 1) else 1
     return branches * (1 if method.guidance == 1 else 2)
 
@@ -81,7 +81,7 @@ def rows_a_step(method: Method) -> int:
 def memory(model: Model, size: tuple[int, int], rows: int) -> float:
     """GB, roughly: torch itself, the weights, and the UNet's rows or the VAE's picture, whichever is more.
 
-    A row holds the skips of its way down, the widest feed-forward (12 times its channels) and the reference's keys and
+    A row holds the skips of its way down and the widest feed-forward (12 times its channels); the replay, the keys and
     values of five steps; the VAE, three activations of its second level at the picture's full size. A process was
     measured to hold twice that, since the allocator keeps what is freed.
     """

@@ -1,5 +1,5 @@
-"""The user's own code, FILE.py:NAME: loaded as `python FILE.py` would find it, made a Method whose attention is looked
-at while it runs, and its failures shown as theirs.
+"""The user's own code, FILE.py:NAME: loaded as `python FILE.py` would find it, made a Method whose attention is checked
+while it runs, and its failures shown as the user's.
 
 Only what the user types is loaded; what a recipe or a results folder names is not.
 """
@@ -29,7 +29,7 @@ def is_own(text: str) -> bool:
 
 def load_own(where: str, flag: str) -> tuple[Any, str]:
     """FILE.py:NAME -> the object, and the sha256 of the code: of the file, and of all that it imports from its folder.
-    Raises Problem; the user wrote `flag`."""
+    `flag` is the one that it was given to. Raises Problem."""
     file, _, name = where.rpartition(":")
     path = Path(file)
     if not is_own(where) or "\0" in file or not path.is_file():

@@ -14,7 +14,7 @@ from ..common.files import sha256
 from ..common.images import RECIPE_KEY
 from ..common.problem import Problem
 
-# these do not change the pixels, `compile` by rounding alone
+# arguments that do not change the pixels (`compile` does, by rounding only)
 NOT_KEPT = {"command", "refs", "out", "grid", "log", "preview", "overwrite", "recipe", "recipe_source", "quiet",
             "own_code", "prompts_file", "compile"}
 
@@ -103,7 +103,7 @@ def differing(before: dict, hashes: dict[str, str]) -> str | None:
 
 
 def made_elsewhere(recipe: dict, now: dict) -> str:
-    """What else can move a pixel by a grey level when it differs: the order of additions depends on it."""
+    """What is not as it was and can move a pixel by a grey level, since the order of additions depends on it."""
     was = {name: recipe.get(name) for name in ("device", "dtype", "threads", "batch", "compiled")}
     if isinstance(recipe.get("versions"), dict):
         was["torch"] = recipe["versions"].get("torch")

@@ -27,8 +27,8 @@ class record:
         recorder = isadca.record(isadca.PRESETS["isadca"], lambda site, t, branch: site.place == "up" and t > 500)
         pictures = isadca.vary(model, ref, "a lemon", recorder.method)
 
-    `row` is of the batch: the last is the last variation's, in the text half. What bypasses `controls.kernel` is not
-    seen. For a call of the UNet of your own there is `recorder.kernel(t)`.
+    `row` is the batch's row that is kept; the last is the last variation's, in the text half. Attention that bypasses
+    `controls.kernel` is not seen. To record a UNet call of your own, pass `recorder.kernel(t)` to it as `attend`.
     """
 
     def __init__(self, method: Method = ISADCA, wanted: Callable[[Site, int, int], bool] = lambda *at: True,

@@ -56,7 +56,7 @@ def load_reference(path: str | Path, weights: str | None, device: torch.device |
 
 
 def _whole(chain: torch.Tensor, picture: torch.Tensor, fitted: bool = True) -> bool:
-    """Latents, and a picture that is, when it was fitted to them, a whole number of times as wide and as high."""
+    """Whether these are latents and a picture; if it was fitted to them, its sides are one multiple of theirs."""
     if chain.ndim != 4 or picture.ndim != 3 or 0 in (*chain.shape, *picture.shape) or picture.dtype != torch.uint8:
         return False
     (steps, channels, h, w), (height, width, colours) = chain.shape, picture.shape
@@ -65,7 +65,7 @@ def _whole(chain: torch.Tensor, picture: torch.Tensor, fitted: bool = True) -> b
 
 
 def _changed(before: str, now: str) -> str:
-    """Which file is another."""
+    """Which file is not the same."""
     try:
         return differing(json.loads(before), json.loads(now)) or "sha256"
     except (ValueError, TypeError, AttributeError, RecursionError):  # forged, or a name of the caller's own

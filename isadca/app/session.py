@@ -123,7 +123,7 @@ class Session:
                       mask=self.region(args.mask), keep=self.region(args.keep))
 
     def _preview(self, path: Path) -> Callable:
-        """Writes what the first picture would be if its noise stayed what it is."""
+        """An on_step that writes, every five steps, the first picture as the noise at that step predicts it."""
         left = [step.t for step in self.model.schedule.steps(self.ref.steps)][::5]
 
         def on_step(run: Run, t: int, z: torch.Tensor, noise: Noise) -> None:

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def eight_bits(image: Image.Image, tell: Callable[[str], None]) -> Image.Image:
-    """To 8 bits, where PIL would clip. Of 16 the high byte is kept; other ranges are stretched."""
+    """To 8 bits, where PIL would clip. 16-bit values keep their high byte; other ranges are stretched."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not numbers")

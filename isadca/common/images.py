@@ -65,7 +65,7 @@ def _rgb(image: Image.Image, tell: Callable[[str], None] = lambda text: None) ->
 
 
 def fit(image: Image.Image, size: tuple[int, int], how: str = "crop") -> Image.Image:
-    """To `size`, (width, height), bicubic; untouched where it already has it. What has another shape is cut to its
+    """To `size`, (width, height), bicubic; unchanged if it has that size. A picture of another shape is cut to its
     centre ("crop", "keep"), distorted ("squash") or given white borders ("pad"). Gives RGB."""
     image = _rgb(image)
     scales = [has / wanted for has, wanted in zip(image.size, size)]
@@ -105,9 +105,9 @@ def clip_pixels(image: Image.Image, size: int) -> Tensor:
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: dict | None = None) -> None:
-    """Write a PNG whole or not at all, with the recipe as a text chunk; of a picture of `vary`, with its own."""
+    """Write a PNG whole or not at all, with `recipe`, or the one that `vary` gave the picture, as a text chunk."""
     info, recipe = PngImagePlugin.PngInfo(), image.info.get(RECIPE_KEY) if recipe is None else recipe
-    if isinstance(recipe, dict):  # a text is that of the file which it was read from
+    if isinstance(recipe, dict):  # a text comes from the file that the picture was read from
         info.add_itxt(RECIPE_KEY, json.dumps(recipe))  # ASCII: a path may hold bytes that are not UTF-8
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)

@@ -1,4 +1,4 @@
-"""How long work is shown: the library calls a Progress around a list of steps and prints nothing itself."""
+"""How the progress of work is shown: the library calls a Progress around a list of steps and prints nothing itself."""
 
 from collections.abc import Callable, Iterable
 

@@ -30,7 +30,7 @@ METRICS = {"lpips-alex": ("LPIPS (alex)", False, ("alex.safetensors", "lpips-ale
 
 
 def metric_lacks(metric: str, folder: Path) -> str:
-    """Why a metric cannot be had; empty where it can."""
+    """Why a metric is not available; empty if it is."""
     return next((f"{folder / file}: no such file" for file in METRICS[metric][2] if not (folder / file).exists()), "")
 
 

@@ -25,7 +25,7 @@ def join() -> tuple[int, int]:
 
 
 def wait_for_others() -> None:
-    """Until every process is here; the slowest share is waited for."""
+    """Returns when every process has come here, even the one with the slowest share."""
     if torch.distributed.is_initialized():
         try:
             torch.distributed.monitored_barrier(timeout=timedelta(days=7))

@@ -26,7 +26,7 @@ FIG_4 = ("isadca-0.5", "isadca", "isadca-prior")
 
 
 class Results(NamedTuple):
-    files: list[Path]  # results.csv, table.md and the grids; none under torchrun but from the first process
+    files: list[Path]  # results.csv, table.md and the grids; under torchrun only the first process has them
     numbers: Numbers
 
 
@@ -89,7 +89,7 @@ def _cell(middle: float, error: float | None, digits: int, best: bool) -> str:
 
 
 def over_pairs(numbers: Numbers, system: System, metric: str) -> tuple[float, float | None]:
-    """Mean and its standard error, a pair being one sample whatever its seeds; no error from a single pair."""
+    """Mean over pairs and its standard error. A pair's seeds are averaged first; a single pair gives no error."""
     by_pair: dict[int, list[float]] = {}
     for item, found in numbers.items():
         if item.system == system:
@@ -117,7 +117,7 @@ def overhead(numbers: Numbers) -> str:
 
 
 def about_run(items: list[Item], model: Model, steps: int | None, weights: Path) -> str:
-    """What the table was made from, where and when; and whether it may be held against the paper's."""
+    """What the table was made from, where and when; and whether it may be compared with the paper's."""
     world = ("**Figures of the demo world** (64 × 64 pictures of emoji, a small model, and small metric networks that "
              "were trained in that world): they say nothing about Stable Diffusion 1.5, and only their order can be "
              "looked at beside the paper's. " if weights == default_weights() else "")

@@ -35,7 +35,7 @@ class Item(NamedTuple):
         return results / "pictures" / f"{self.index:04d}" / f"{file_name(self.system.name)}-{self.seed}.png"
 
     def load(self, results: Path, size: int, made_by: str) -> Image.Image | None:
-        """The variation, if it is there, whole, of the right size, and what `made_by` makes."""
+        """The variation, if it is there, whole, of the right size, and made by the code that `made_by` stands for."""
         try:
             image = load_image(self.picture(results))
         except Problem:
@@ -58,7 +58,7 @@ def file_name(system: str) -> str:
 
 
 def read_object(path: Path) -> dict:
-    """A JSON object; empty where there is no file, or it holds something else. What is written here is short."""
+    """A JSON object; empty where there is no file, or it holds something else, or is longer than isadca's are."""
     try:
         short = path.is_file() and path.stat().st_size < 1 << 20
         found = json.loads(path.read_text(encoding="utf-8")) if short else {}
@@ -100,7 +100,7 @@ def check_settings(results: Path, settings: dict[str, str | int], extras: dict[s
 
 
 def code_sha256(patterns: Iterable[str]) -> str:
-    """Of the package's own source, comments and layout apart: who edits it gets new pictures and numbers."""
+    """sha256 of the package's source, without comments and layout: who edits it gets new pictures and numbers."""
     paths = sorted(path for pattern in patterns for path in PACKAGE.glob(pattern))
     return text_sha256("\n".join(ast.dump(ast.parse(path.read_bytes())) for path in paths))
 

@@ -36,9 +36,9 @@ def evaluate(pairs: str | Path | Sequence[tuple[str | Path, str]], systems: Iter
     """Make and measure every variation that `out` does not hold yet, and write the tables and grids there.
 
     `pairs`: a file or folder (see read_pairs), or a list of (reference, prompt). `systems`: names of SYSTEMS or of
-    presets, Systems, Methods, or functions Controls -> Attend; unless given, all of SYSTEMS whose weights are there.
+    presets, Systems, Methods, or functions Controls -> Attend; if not given, all of SYSTEMS whose weights are there.
     `metrics` likewise. The weights that systems and metrics have of their own are looked for in `weights` and beside
-    it. Without `steps` each system has its own. `tell` receives notes. Raises Problem.
+    it. Without `steps` each system has its own number. `tell` receives notes. Raises Problem.
     """
     rank, ranks = join()
     weights, out, listed = Path(weights) if weights else default_weights(), Path(out), read_pairs(pairs)

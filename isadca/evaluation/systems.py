@@ -73,7 +73,7 @@ def system_of(value: str | Method | Callable | System) -> System:
 
 
 def _of_method(method: Method) -> System:
-    """A preset with other values is called by what differs, such as isadca:lam=0.3."""
+    """A preset with other values is named after what differs, such as isadca:lam=0.3."""
     if method.name not in PRESETS:
         return System(method.name, method.name, method)
     known = system_of(method.name)
@@ -125,7 +125,7 @@ def vary_once(method: Method, model: Model, image: Image.Image, prompt: str, see
 
 
 def without_inversion(model: Model, image: Image.Image, steps: int) -> Reference:
-    """For a method that starts at noise and looks at no keys and values of the reference."""
+    """A reference with zeros as its chain, for a method that starts at noise and reads no keys and values of it."""
     side = model.unet.config.sample_size
     chain = torch.zeros(steps + 1, 4, side, side, device=model.device, dtype=model.latent_dtype)
     return Reference(fit(image, (model.size, model.size)), chain, original=image)

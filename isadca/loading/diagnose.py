@@ -10,7 +10,7 @@ from ..networks.ip_adapter import IPAdapter
 from .layouts import FLOATS, Header, Part, same_shape
 
 ONLY_SD1, BASE_MODEL = "isadca implements Stable Diffusion 1.x", "give the base model with --weights"
-# what people try that is not loadable: (a key that tells, what it is, what to do)
+# files that people try and that do not load: (a key that tells, what it is, what to do)
 STRANGERS = [
     (r"^conditioner\.embedders\.|^add_embedding\.", "an SDXL model", ONLY_SD1),
     (r"^cond_stage_model\.model\.transformer\.resblocks\.", "an SD 2.x model", ONLY_SD1),
@@ -25,7 +25,7 @@ UNKNOWN = [  # the same, for files in which no network was recognised
      "get the one for transformers, with its config.json"),
 ]
 
-OTHER_FORMATS = [  # how they begin, what they are
+OTHER_FORMATS = [  # (how such a file begins, what it is)
     (rb"PK|\x80\x02", "is a pickle, which can run code when it is opened; get the .safetensors version, or make it: "
                        "isadca convert FILE -o NAME.safetensors"),
     (rb"GGUF", "is a GGUF file; get the .safetensors version"),

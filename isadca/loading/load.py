@@ -23,7 +23,7 @@ from .layouts import Part
 FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "vision": "image_encoder", "prior": "prior"}
 NETWORKS = {"unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig), "text": (CLIPText, CLIPTextConfig),
             "vision": (CLIPVision, CLIPVisionConfig)}
-NETWORK_FILE = r"(?!.*(?:non_ema|-\d{5}-of-\d{5})).*\.safetensors(\.index.*\.json)?$"  # no shard alone
+NETWORK_FILE = r"(?!.*(?:non_ema|-\d{5}-of-\d{5})).*\.safetensors(\.index.*\.json)?$"  # no single shard
 
 
 def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None,
@@ -31,8 +31,8 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
          dtype: str | torch.dtype = "auto", compile: bool = False) -> Model:
     """Load a diffusers folder or an LDM single file; without `weights`, the demo checkpoint.
 
-    `ip_adapter` and `image_encoder` are found inside or beside the weights when they are not given; "none" does
-    without either. `vae` replaces the autoencoder. `compile` compiles the UNet at its first calls; it then gives no
+    `ip_adapter` and `image_encoder` are found inside or beside the weights when they are not given; "none" leaves
+    either out. `vae` replaces the autoencoder. `compile` compiles the UNet at its first calls; it then gives no
     gradients. Raises Problem where something does not fit.
     """
     place = device_named(device)
@@ -150,7 +150,7 @@ def build(part: Part) -> Any:
         if part.kind == "vision" and not path.is_file():
             from .known_encoders import encoder_by_width
             config = encoder_by_width(part)
-        if part.kind == "text":  # whatever the config.json says of it
+        if part.kind == "text":  # what the file holds counts, not what the config.json says
             config = replace(config, projection_dim=(part.shapes.get("text_projection.weight") or (None,))[0])
         return network(config)
 

@@ -1,5 +1,5 @@
-"""A model whose UNet is compiled once, whatever is passed to it as `attend`: that is a new function at every step, and
-torch.compile would look into each and compile again. So all that it sees is one opaque operator, which calls it."""
+"""A model whose UNet is compiled once, for any `attend`. As `attend` is a new function at every step, torch.compile
+would compile each one again; so it is shown a single opaque operator, which calls the `attend` of the moment."""
 
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -30,7 +30,7 @@ attend_of_the_moment.register_fake(lambda q, *others: torch.empty_like(q))
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class CompiledModel(Model):
-    """Computes what the model does, to rounding and without gradients. With `edit` it is the model."""
+    """Computes what the model does, to rounding and without gradients. With `edit`, nothing is compiled."""
 
     forward: Callable
 
