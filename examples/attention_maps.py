@@ -71,7 +71,7 @@ def crossed(picture: Image.Image, point) -> Image.Image:
 
 
 def shares(seen: Seen, times, layers) -> Image.Image:
-    """Bars: layers from left to right, one group a step."""
+    """Bars: layers from left to right, one group of bars for each step."""
     chart = Image.new("RGB", (TILE * len(times), TILE), "white")
     draw, width = ImageDraw.Draw(chart), (TILE - 12) // len(layers)
     for i, t in enumerate(times):

@@ -2,9 +2,9 @@
 
     python examples/in_diffusers.py examples/cat.png "a lemon" -o lemon.png
 
-`install(unet, attend)` is all that it takes, for a UNet by itself as for the one of a pipeline. As a demonstration the
-method itself, λ · ISA + (1 - λ) · DCA, runs on diffusers' UNet, text encoder, scheduler and VAE. The number printed
-is the largest difference to the picture that isadca makes on its own, in grey levels: 0, or 1 where rounding differs.
+`install(unet, attend)` is all that it takes, for a UNet by itself or in a pipeline. As a demonstration, the method
+itself, λ · ISA + (1 - λ) · DCA, runs on diffusers' UNet, text encoder, scheduler and VAE. The number printed is the
+largest difference from the picture that isadca makes on its own, in grey levels: 0, or 1 where rounding differs.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def vary_in_diffusers(pipe, ref: isadca.Reference, prompt: str, ip_kv: dict, lam
     """The method's default as a loop over parts of `pipe`: one reference row a step, then two branches."""
     text, null = pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=True)
     pipe.scheduler.set_timesteps(ref.steps)
-    z, ref_kv = ref.chain[-1:], {}  # every step's reference overwrites the keys and values of the last one's
+    z, ref_kv = ref.chain[-1:], {}  # at every step the reference's keys and values overwrite those of the step before
     for i, t in enumerate(pipe.scheduler.timesteps):
         install(pipe.unet, isadca.capture(ref_kv))
         pipe.unet(ref.chain[ref.steps - i][None], t, null)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("ref")
     parser.add_argument("prompt")
     parser.add_argument("-o", "--out", required=True)
-    parser.add_argument("--weights", default=default_weights(), help="a diffusers folder, an IP-Adapter file in it")
+    parser.add_argument("--weights", default=default_weights(), help="a diffusers folder with an IP-Adapter file in it")
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args(argv)
     model = isadca.load(args.weights, device="cpu", dtype="fp32")

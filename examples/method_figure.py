@@ -12,7 +12,7 @@ from pathlib import Path
 import isadca
 
 HERE = Path(__file__).parent
-STEPS, SHOWN, SIDE = 20, 8, 84                        # the step taken apart is number SHOWN of STEPS
+STEPS, SHOWN, SIDE = 20, 8, 84                        # the step that is shown in parts is number SHOWN of STEPS
 COLUMNS = {"0": 30, "t−1": 190, "t": 655, "T": 806}   # x of the pictures at these levels
 TOP, BOTTOM = 52, 432                                 # y of the reference's row and of the variation's
 INK, ISA, DCA, MIX = "#333", "#1f6fb4", "#c4571a", "#2a7d46"

@@ -4,8 +4,8 @@
 
 `controls` holds what a step has: t, lam, ref_kv (the reference's keys and values by site name), ip_kv (the image
 prompt's), method and kernel. Return a function (q, k, v, site) -> y, with q (B,H,N,d), k and v (B,H,M,d).
-This one is "early reference, late text": coarse layers look at the reference alone for the first half of the steps,
-fine layers at reference and self all the time, and the image prompt acts where the reference does not.
+This one is "early reference, late text": the middle block looks only at the reference for the first half of the steps,
+all other layers look at reference and self all the time, and the image prompt has the weight 1 - lam.
 """
 
 from isadca import by_kind, dca, isa, where

@@ -7,7 +7,7 @@ transformer of C channels on N cells costs, beyond its linear layers,
 
     4·N²·C            self-attention: QKᵀ and its product with V, over z_t's own N keys
     4·N²·C more       for ISA, whose keys are the reference's and z_t's own; nothing more where it replaces
-    4·N²·C more       for the blend of plain attention and ISA where a kernel does not tell its softmax's sum
+    4·N²·C more       for the blend of plain attention and ISA where a kernel does not return its softmax's sum
     4·N·M·C           cross-attention to M tokens: 77 of text, and 4 more of the picture for DCA
 
 Memory is counted in maps of N × C numbers at the finest level, where the UNet is at its fullest: see `activations`.
@@ -80,13 +80,13 @@ def activations(config: UNetConfig = UNetConfig(), side: int = 64, itemsize: int
 
 def memory(rows: int, reference: bool, config: UNetConfig = UNetConfig(), side: int = 64, itemsize: int = 2) -> int:
     """Bytes beside the weights in a job whose steps have `rows` rows. The reference is replayed a chunk of steps at
-    once, and the chunk before is not let go until the first step of the new one is done."""
+    once, and the chunk before is freed only after the first step of the new one."""
     row, chunk = activations(config, side, itemsize), AT_ONCE * kept(config, side, itemsize)
     return max(rows, AT_ONCE) * row + 2 * chunk if reference else rows * row
 
 
 def systems() -> dict[str, tuple[int, int]]:
-    """FLOP of one guided step: for each variation, and for the reference whatever their number."""
+    """FLOP of one guided step: for each variation, and for the reference, which all variations share."""
     plain, isa, dca = forward(), forward(self_products=2), forward(tokens=TEXT + IMAGE)
     return {"plain text to image": (2 * plain, 0),
             "ISA alone": (2 * isa, plain),

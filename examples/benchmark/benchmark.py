@@ -4,9 +4,9 @@
     python examples/benchmark/benchmark.py --size sd15 --what unet,vae,clip,load    # random weights, true shapes
     python examples/benchmark/benchmark.py --device cuda --dtype fp16 --size sd15
 
-A ratio is ours / theirs; both compute the same thing to rounding wherever `difference` stands. Needs the test extra
-(diffusers, transformers) and a machine that does nothing else. "system" is the share of CPU time that our side spent
-in the kernel, which is where an allocator that returns its pages shows.
+A ratio is ours / theirs. Where the column `difference` is filled, both compute the same thing, to rounding. Needs the
+test extra (diffusers, transformers) and a machine that does nothing else. "system" is the share of CPU time that our
+side spent in the operating system's kernel; it is high where an allocator returns its pages.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def many(b: Bench) -> None:
 
 
 def still(b: Bench) -> isadca.Reference:
-    """A chain of one latent: it costs a step what an inverted one does, and takes no inversion."""
+    """A reference whose chain repeats one latent: a step costs the same, and no inversion is needed."""
     ref = isadca.invert(b.model, b.image, 1)
     return isadca.Reference(ref.image, ref.chain[[0] * (b.steps + 1)])
 
@@ -169,7 +169,7 @@ ALONE = isadca.Method(lam=1.0, ip_scale=0.0)  # ISA, without an image branch
 
 
 def guided_step(b: Bench, method: isadca.Method) -> Callable:
-    """One step in the middle of a job, its reference replayed; on the demo 20 of them, for the clock's sake."""
+    """One step in the middle of a job, its reference replayed; on the demo 20 such steps, long enough to time."""
     ref, t = still(b), b.model.schedule.steps(b.steps)[b.steps // 2].t
     [seen] = [seen for seen in isadca.replay(b.model, ref, lambda each: each == t) if seen]
     [told] = isadca.conditions(b.model, ref, [isadca.Run("a lemon", method)])
@@ -179,7 +179,7 @@ def guided_step(b: Bench, method: isadca.Method) -> Callable:
 
 
 def overhead(b: Bench) -> None:
-    """The paper's +2.63 %, of a guided step: without λ and DCA it is ISA alone."""
+    """The paper's +2.63 %, for one guided step: with λ and DCA, over a step with ISA alone."""
     alone = guided_step(b, ALONE)
     b.compare("λ and DCA over ISA alone, a step, attention mix", guided_step(b, ATTENTION), alone, "ours")
     b.compare("λ and DCA over ISA alone, a step, noise mix", guided_step(b, NOISE), alone, "ours")

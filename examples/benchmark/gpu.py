@@ -1,11 +1,11 @@
-"""What a GPU has to tell, in one call of at most nine minutes. Each figure is written as soon as it is there.
+"""Speed, memory and precision on a GPU, in one call of at most nine minutes. Each figure is written at once.
 
     python examples/benchmark/gpu.py -o gpu.md                                  # a CUDA card, SD1.5's true shapes
     python examples/benchmark/gpu.py --size tiny --device cpu -o tiny.md        # the same lines of code, anywhere
 
 A bare machine is enough: torch, safetensors, tokenizers, pillow and numpy. Weights are random and made on the device,
-since time and memory do not depend on them. diffusers' UNet joins where it is installed. A part that fails, or for
-which no time is left, says so in the table, and the next one runs.
+since time and memory do not depend on them. diffusers' UNet is timed, too, where it is installed. A part that fails, or
+for which no time is left, says so in the table, and the next one runs.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Bench:
         self.models: dict[str, Model] = {}
 
     def model(self, dtype: str = "fp16") -> Model:
-        """In one precision, kept: fp32 on a CPU, where half precision is no aim."""
+        """The model in one precision, kept until another is asked for; on a CPU always in fp32."""
         dtype = dtype if self.device.startswith("cuda") else "fp32"
         if dtype not in self.models:
             self.models = {dtype: random_model(self.size, self.device, DTYPES.get(dtype, torch.float32))}
@@ -132,7 +132,7 @@ def inputs(model: Model, batch: int) -> tuple[Tensor, Tensor, dict]:
 
 
 def card(b: Bench) -> None:
-    """The rate of a large product of matrices: what shares are of."""
+    """The rate of a large matrix product: what the UNet's rates are to be compared with."""
     n = 8192 if b.size == "sd15" else 128
     for name in DTYPES:
         x = torch.randn(n, n, device=b.device, dtype=b.model(name).dtype)
@@ -175,7 +175,7 @@ def diffusers_unet(model: Model) -> torch.nn.Module | None:
 
 
 def whole(b: Bench) -> None:
-    """From the picture's file to the variation's pixels; then each further one of a kept replay; RIVAL's rows."""
+    """From the picture's file to the variation's pixels; each further variation with the replay kept; RIVAL's rows."""
     model = b.model()
     for name, method, goal in ("attention", ATTENTION, "2.5 s"), ("noise", NOISE, ""):
         job = lambda n=1: isadca.vary(model, isadca.invert(model, REF, b.steps), "a lemon", method, range(n))
@@ -232,7 +232,7 @@ def overhead(b: Bench) -> None:
 
 
 def profile(b: Bench) -> None:
-    """One guided step: how long the device idles between kernels; what takes longest, where there is no device."""
+    """One guided step: how long the GPU idles between kernels; on a CPU, what takes longest."""
     from torch.profiler import ProfilerActivity
     step = guided_step(b.model(), b.steps, ATTENTION)
     step()
@@ -291,7 +291,7 @@ def main() -> None:
             continue
         try:
             PARTS[name](b)
-        except Exception as error:  # the next part may still tell something
+        except Exception as error:  # the next part may still work
             b.say(name, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 

@@ -137,8 +137,8 @@ def on_text_half(residuals: list[Tensor]) -> list[Tensor]:
 # ---- the shuffled hint ------------------------------------------------------------------------------------------
 
 def shuffle_content(image: Image.Image, seed: int, cell: int = 256) -> Image.Image:
-    """A picture with its parts moved about along smooth random fields: the Shuffle model's preprocessor, and for a
-    seed the same picture. Each pixel reads from the place that the fields give, stretched to reach every place."""
+    """A picture with its parts moved about along smooth random fields: the Shuffle model's preprocessor, which gives
+    the same picture for a seed. Each pixel reads from the place that the fields give; they span the whole picture."""
     rng = np.random.RandomState(seed % 2**32)
     pixels = np.asarray(image.convert("RGB"), np.float64)
     width, height = image.size

@@ -2,8 +2,8 @@
 
     isadca evaluate weights/demo/pairs -o results --systems isadca,examples/counterparts/image_variations.py:SYSTEM
 
-Stable Diffusion's UNet, fine-tuned to read one token, the picture's projected CLIP ViT-L/14 embedding, where it read
-the text. The unconditional half of guidance reads a zero.
+Stable Diffusion's UNet, fine-tuned to read one token, the picture's projected CLIP ViT-L/14 embedding, in place of
+the text. The unconditional half of guidance reads zeros.
 
 Reference: lambdalabs/sd-image-variations-diffusers. Shapes: B rows, P projection width.
 """

@@ -65,7 +65,7 @@ class PriorBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, heads, bias=True)
-        self.norm3 = nn.LayerNorm(dim)  # (sic) there is no second: no cross-attention
+        self.norm3 = nn.LayerNorm(dim)  # there is no norm2, as there is no cross-attention
         self.ff = FeedForward(dim, GELU)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Prior(nn.Module):
         self.clip_std = nn.Parameter(torch.ones(1, embed))
 
     def forward(self, x: Tensor, t: Tensor | int, text: TextCondition) -> Tensor:
-        """The clean embedding that (B,E) at noise level t comes from, as far as the text tells. (B,E)."""
+        """The clean embedding, (B,E), that is predicted for x (B,E) at time t, given the text."""
         width = self.positional_embedding.shape[2]
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         temb = self.time_embedding(timestep_embedding(t, width).to(x.dtype))
@@ -132,7 +132,7 @@ def times(n: int) -> list[int]:
 
 
 def posterior_step(x: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor | None) -> Tensor:
-    """A sample of q(x_prev | x_t, x_0), DDPM, arXiv 2006.11239, with a stride; its mean where there is no noise."""
+    """A sample of q(x_prev | x_t, x_0), DDPM, arXiv 2006.11239, with a stride; the mean if `noise` is None."""
     level, before = alpha_bar(t), alpha_bar(t_prev)
     beta = 1 - level / before
     mean = (math.sqrt(before) * beta * x0 + math.sqrt(1 - beta) * (1 - before) * x) / (1 - level)
@@ -193,7 +193,7 @@ def _sizes(path: Path, shapes: dict[str, tuple[int, ...]]) -> PriorConfig:
 
 
 def prepare(folder: Path, model: Model, weights: Path, steps: int) -> Draw:
-    """DCA sees the image embedding that the prior expects of the prompt."""
+    """DCA sees the image embedding that the prior predicts from the prompt."""
     prior, encoder, tokenizer = load_prior(folder, model.dtype, model.device)
     if model.ip_adapter is None or model.ip_adapter.embed_dim != prior.config.embed_dim:
         path = find_extra(weights, "ip-adapter_sd15_vit-G.safetensors")

@@ -4,8 +4,8 @@
 
     z_t ← z_t - α_t ∇L,    L = max over words s of 1 - max over cells of (G * A_s),    α_t = 20 √(1 ... 0.5)
 
-A is cross-attention on a coarse grid, its softmax taken anew without the start token; G blurs 3 × 3 cells. In the first
-half of the steps the gradient calls for the word that no cell reads. Left out: repeating that until L is low enough.
+A is cross-attention on a coarse grid, with a new softmax that leaves out the start token; G blurs 3 × 3 cells. In the
+first half of the steps the gradient strengthens the least-read word. Left out: repeating that until L is low enough.
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from isadca import Method, attention_probs
 
-WORDS, COARSE, UNTIL = slice(-1, None), 2, 0.5  # of the prompt; the latent's side / the maps' (4 for SD1.5); of steps
+WORDS, COARSE, UNTIL = slice(-1, None), 2, 0.5  # of the prompt; latent's side / maps' side (4 for SD1.5); of the steps
 
 
 def excite(model, controls):

@@ -21,7 +21,7 @@ from isadca.common.images import to_tensor
 from isadca.evaluation.metrics import ssim
 
 PLAIN, ADAPTER = isadca.PRESETS["plain"], isadca.PRESETS["ip-adapter"]
-HERE = replace(PLAIN, init="inverted", diversity=0.3)  # text alone, from nearly where the reference's inversion ends
+HERE = replace(PLAIN, init="inverted", diversity=0.3)  # text only, from near the end of the reference's inversion
 
 
 def thing(picture) -> np.ndarray:
@@ -36,7 +36,7 @@ def centre(pictures) -> float:
 
 
 def off(pictures, reference) -> float:
-    """How far from the reference's the object's centre is, in both directions."""
+    """The distance between the object's centre and that of the reference's object, as a share of the width."""
     at = lambda p: np.array([np.mean(i) / p.width for i in np.nonzero(thing(p))])
     return np.mean([np.linalg.norm(at(p) - at(reference)) for p in pictures])
 

@@ -4,15 +4,15 @@
 
     A = softmax(Q K_refᵀ / √d),    A ← clip(β (A - μ) + μ, 0, 1),    Z = A V_ref
 
-The variation's queries pick what corresponds in the reference; contrast β about the mean μ of a row keeps each query
-to its few best matches, as a mix of many would be a blur. In the decoder's two finest grids, between a tenth and
-seven or nine tenths of the steps. Left out: AdaIN on the latents, and guidance by the difference of two passes.
+The variation's queries pick what corresponds in the reference. Contrast β about the mean μ of a row keeps each query
+to its few best matches, since a mix of many would be a blur. On the decoder's two finest grids, from a tenth of the
+steps to nine or seven tenths. Left out: AdaIN on the latents, and guidance by the difference of two passes.
 """
 
 from isadca import Method, attention_probs
 
 CONTRAST = 1.67         # β
-UNTIL = {1: 0.9, 2: 0.7}  # the last part of the steps, by how much coarser than the latent the grid is
+UNTIL = {1: 0.9, 2: 0.7}  # the share of the steps where it ends, by how much coarser than the latent the grid is
 
 
 def cross_image(controls):

@@ -4,9 +4,9 @@
 
     softmax((QKᵀ + M) / √d) V,    M = λ_t (1 - S) [R (max - QKᵀ) - (1 - R) (QKᵀ - min)],    λ_t = w (t/1000)⁵
 
-R_ij says whether query i may read key j: in cross-attention, the words of a region and its cells; in self-attention,
-cells of one region. max and min are those of the row, S is the share of the grid that the query's region has. For
-the text half, in the first 30 % of the steps. Here the last word of the prompt gets BOX. The reference is not used.
+R_ij says whether query i may read key j: in cross-attention, a region's cells read its words; in self-attention,
+cells of the same region. max and min are those of the row, S is the share of the grid that the query's region has.
+Text half, first 30 % of the steps. Here BOX is the region of the prompt's last word. The reference is not used.
 """
 
 import torch

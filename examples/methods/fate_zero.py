@@ -5,9 +5,9 @@
 
     text half:  A_cross = A_ref in the columns of unchanged words;    A_self = M · A + (1 - M) · A_ref
 
-The maps of the inverted reference, blended: new words keep their own columns, and cells of the reference's object (M:
-where its word's cross-attention is above a share of the highest) their own self-attention. Here the new word is the
-last one. For a video the authors join frames as well.
+The maps of the inverted reference, except that new words keep their own columns, and cells of the reference's object
+their own self-attention (M = 1 where cross-attention to its word is above a share of the highest). Here the new word
+is the last one. For a video the authors join frames as well.
 """
 
 import torch

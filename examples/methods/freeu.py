@@ -5,7 +5,7 @@
     x[first half of the channels] ← b · x,    skip ← F⁻¹(F(skip) · s at the lowest frequencies, 1 elsewhere)
 
 Where the way up joins its own activation x with a skip of the way down, x denoises and the skip brings detail: b makes
-the one louder, s the other's coarse part quieter. In the two lowest blocks. The reference is not used.
+x louder, s makes the skip's coarse part quieter. In the two coarsest blocks. The reference is not used.
 """
 
 import torch
@@ -24,7 +24,7 @@ def freeu(controls):
             return torch.cat([B[BACKBONE[place]] * h[:, :half], h[:, half:]], 1)
         if place.startswith(("up_blocks.0.skips.", "up_blocks.1.skips.")):
             waves = torch.fft.fft2(h.float() if h.dtype.itemsize == 2 else h)
-            waves[..., [[-1], [0]], [-1, 0]] *= S[int(place[10])]  # frequencies -1 and 0 of both sides, as theirs
+            waves[..., [[-1], [0]], [-1, 0]] *= S[int(place[10])]  # frequencies -1 and 0 both ways, as the authors do
             return torch.fft.ifft2(waves).real.to(h.dtype)
         return h
     return edit

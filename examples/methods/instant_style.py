@@ -4,9 +4,9 @@
 
     Z = CA(Q, K_text, V_text) + [layer is a style layer] · s · CA(Q, K_image, V_image)
 
-An IP-Adapter whose image prompt is heard in one block of the UNet only: there it carries the look and not the
-content, so that the prompt decides what is shown. For SD1.5 the authors name up_blocks.1, and with layout
-down_blocks.2 and mid_block as well. The reference's keys and values are not used.
+An IP-Adapter whose image prompt acts in one block of the UNet only: there it carries the look and not the content,
+so that the prompt decides what is shown. For SD1.5 the authors name up_blocks.1 and, to keep layout too,
+down_blocks.2 and mid_block. The reference's keys and values are not used.
 """
 
 from isadca import Method, dca, where

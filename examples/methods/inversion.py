@@ -5,7 +5,7 @@
 `exact`: PSNR of a reconstruction to the VAE's own round trip, and the deviation of z_T, which is 1 for noise.
 `steps`: variations at λ = 0.7, by the steps of the inversion and of the sampling. `keep`: the same with the backdrop
 kept. The references are the ten of weights/demo/pairs, with prompts "a N" of other nouns. The judge is measure.py's;
-backdrop error is the mean over all pixels outside the object's square, in grey levels. Offline, a process a core.
+backdrop error is the mean over all pixels outside the object's square, in grey levels. Offline, one process per core.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from PIL import Image
 import isadca
 from isadca.evaluation.metrics import psnr
 
-import demo_world as world  # measure.py knows the way to its folder
+import demo_world as world  # measure.py has put its folder on the path
 
 EXACT, COMPARED, LONG = (10, 20, 50), (10, 15, 20, 50), 100  # steps of the first and second table; a long inversion's
 SAME = 100.0  # dB, for pictures that are equal; of this size, those with one value off by one have 89
@@ -123,7 +123,7 @@ def steps(task: Task) -> list[tuple[str, list[float]]]:
 
 
 def keep(task: Task) -> list[tuple[str, list[float]]]:
-    """λ alone, and with the latents outside the object's square re-read from the chain at every step."""
+    """Three λ, each without `keep` and with it: the latents outside the object's square are then the chain's."""
     model = measure.shared["model"]
     ref = isadca.invert(model, task.picture, measure.shared["steps"])
     outside = torch.from_numpy(world.outside(task.scene)).float()
@@ -175,7 +175,7 @@ TABLES = {"exact": (exact, exact_table), "steps": (steps, judged_table), "keep":
 
 
 def table(name: str, pairs: int, n: int, pool) -> str:
-    """A table and what it was made of; `pool` is whatever has `map`, and n the steps of `keep`."""
+    """A table and what it was made from; `pool` is anything with a `map`, n the steps of the table `keep`."""
     began, (one, write) = time.monotonic(), TABLES[name]
     work = tasks(pairs)
     found = [row for rows in pool.map(one, work) for row in rows]

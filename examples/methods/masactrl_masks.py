@@ -6,7 +6,7 @@
     Z = M · SA(Q, K_ref, V_ref; M_ref) + (1 - M) · SA(Q, K_ref, V_ref; 1 - M_ref)
 
 Queries of the object read the reference's object, the others its backdrop. A mask is cross-attention to the object's
-word so far, scaled to 0 ... 1 and cut.
+word, averaged over the step's layers so far, scaled to 0 ... 1 and cut at a threshold.
 """
 
 import torch

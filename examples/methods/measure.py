@@ -37,7 +37,7 @@ shared: dict = {}  # what each process has loaded
 
 
 def systems(own: list[str], only: list[str] | None = None) -> dict[str, isadca.Method]:
-    """Presets, then the folder's methods, of these `only` some, then FILE.py:NAME, by name."""
+    """By name: the presets, then the folder's methods (of both, those in `only`), then FILE.py:NAME."""
     files = [path for path in sorted(HERE.glob("*.py")) if path.stem not in SCRIPTS]
     folder = [own_method(f"{path}:{path.stem.upper()}")[0] for path in files]
     published = {name: isadca.PRESETS[name] for name in PRESETS} | {method.name: method for method in folder}
@@ -74,7 +74,7 @@ def judged(made, prompt: str, picture, seen: dict[str, str]) -> list[float]:
 
 
 def styled(model, method: isadca.Method, style, prompt: str, seeds):
-    """StyleID has no prompt, but a content picture: that is plain's of the prompt, and R is the style."""
+    """StyleID has a content picture in place of a prompt: what `plain` makes of the prompt. R is the style."""
     [content] = isadca.vary(model, style, prompt, "plain", seeds=seeds)
     ref = isadca.invert(model, content, style.steps)
     return isadca.vary(model, ref, "", method, seeds=seeds, also=[style])

@@ -4,9 +4,9 @@
 
     ε = ε_u + m (ε_c - ε_u) + s (ε_c - ε̂_c),    ε̂_c with SA(Q, K, V) = V in the middle of the UNet
 
-A map that is the identity destroys structure, and guidance leads away from what has none. A third row of guidance,
-written relative to the first, ε_u, as the loop adds them up; with --guidance 1 there is PAG alone.
-The reference is not used.
+A map that is the identity destroys structure, and guidance leads away from what has none. This is a third row of
+guidance, written relative to the first, ε_u, since the loop adds up differences from that row; with --guidance 1
+there is PAG alone. The reference is not used.
 """
 
 from isadca import Method

@@ -4,8 +4,8 @@
 
     f ← f_ref after a residual block (theirs: before its shortcut);    A ← softmax(Q_ref K_refᵀ / √d) above it
 
-Where things are is the inverted reference's: features of output block 4 for 80 % of the steps, maps of blocks 4 to 11
-for 50 %; the look is the prompt's. Features are not replayed: the reference goes through the UNet once more.
+The layout comes from the inverted reference: features of output block 4 for 80 % of the steps, maps of blocks 4 to 11
+for 50 %; the look is the prompt's. Features are not replayed, so the reference goes through the UNet once more.
 """
 
 from isadca import Method, capture

@@ -6,9 +6,9 @@
     text half:    Z = A_ref V,    A_ref = softmax(Q_ref K_refᵀ / √d)
 
 The maps of the reference with its own prompt, the values of the new one: word j of the new prompt acts where word j
-of the old one did, in the first 80 % of the steps. So do the maps of self-attention on coarse grids in the first
-40 %. The prompts must have the same number of words. The authors' source is a picture being generated, here it is an
-inverted one; negative-prompt inversion and null-text optimisation are left out.
+of the old one did, in the first 80 % of the steps. On coarse grids self-attention takes the reference's maps, too, in
+the first 40 %. The prompts must have the same number of words. The authors' source is a picture being generated, here
+it is an inverted one; negative-prompt inversion and null-text optimisation are left out.
 """
 
 import torch

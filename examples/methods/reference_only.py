@@ -4,8 +4,9 @@
 
     Z = SA(Q, [K; K_ref], [V; V_ref]);    unconditional rows: f · SA(Q, K, V) + (1 - f) · Z
 
-f is the style fidelity. Where the unconditional half does not see the reference (f = 1), guidance strengthens the
-reference along with the prompt; ISA is f = 0. There the reference is noised afresh at each step, here it is inverted.
+f is the style fidelity. If the unconditional half does not see the reference (f = 1), guidance strengthens the
+reference along with the prompt; f = 0 is ISA. The extension noises the reference afresh at each step; here it is
+inverted.
 """
 
 from isadca import Method, blend, by_rows, isa

@@ -5,7 +5,7 @@
     A ← A · c in the columns of one word,    A = softmax(QKᵀ / √d) of the text half;    Z = A V
 
 A slider for a word: c = 0 silences it, above 1 it is louder. The rows are not made to sum to 1 again. The
-unconditional half stays, so that the change is guided, too. The reference is not used.
+unconditional half stays as it is, so that guidance strengthens the change. The reference is not used.
 """
 
 import torch

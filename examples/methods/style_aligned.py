@@ -4,9 +4,9 @@
 
     Q̂ = AdaIN(Q, Q_ref),  K̂ = AdaIN(K, K_ref),    Z = SA(Q̂, [K̂; K_ref], [V; V_ref])
 
-ISA whose queries and keys first take the mean and deviation over the tokens that the reference's have: without that
-the variation looks mostly at itself. The style comes along, the content is the prompt's. Left out: the group and
-layer norms that the authors share as well.
+ISA whose queries and keys first take the mean and deviation of the reference's, over the tokens: without that the
+variation looks mostly at itself. The style is the reference's, the content the prompt's. Left out: the group and layer
+norms that the authors share as well.
 """
 
 import torch

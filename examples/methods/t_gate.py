@@ -5,8 +5,8 @@
     after step m:    CA ← (CA_u + CA_c) / 2 as they were at step m,    ε = ε_θ(z_t) of one row
 
 Cross-attention plans the picture in the first steps and changes little afterwards: its output, the mean of both
-guidance halves, is kept at the gate and used to the end. Both halves would then be equal, so that one of them and
-the guidance are dropped, which is where the time goes. The reference is not used.
+guidance halves, is kept at the gate and reused to the end. Both halves would then be equal, so one of them and the
+guidance are dropped; that is what saves the time. The reference is not used.
 """
 
 from isadca import Method

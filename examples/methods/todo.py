@@ -4,9 +4,9 @@
 
     Z = SA(Q, D(K), D(V)),    D: every second token of the grid in both directions
 
-Neighbours on a fine grid say nearly the same, so that a quarter of the keys and values does at a quarter of the price;
-the queries stay, and so does the grid. On the finest grid only. It pays for large pictures: at 1024² and above that
-attention is most of the time. The reference is not used.
+Neighbours on a fine grid say nearly the same, so a quarter of the keys and values is enough, at a quarter of the cost;
+the queries and the grid stay. On the finest grid only. It pays for large pictures: at 1024² and above, attention there
+takes most of the time. The reference is not used.
 """
 
 from isadca import Method

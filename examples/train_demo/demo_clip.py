@@ -39,7 +39,7 @@ def clip_pixels(studio: Studio, index: np.ndarray) -> Tensor:
 
 
 def contrastive(studio: Studio, plan: Plan) -> Loss:
-    """Random scenes; on every process the whole batch, since a share would have too few negatives."""
+    """Random scenes. Every process has the whole batch, since a share of it would have too few negatives."""
     def loss(net, rng):
         index = rng.integers(SCENES, size=plan.batch)
         ids = studio.captions(index, rng)[:, :16]  # the rest is padding, after what is read

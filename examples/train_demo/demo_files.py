@@ -1,4 +1,4 @@
-"""The demo checkpoint as files: sizes of the networks, and writing them in Stable Diffusion 1.5's folder layout."""
+"""The demo checkpoint as files: the networks' sizes, and how they are written in Stable Diffusion 1.5's layout."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def config_json(config) -> dict:
                     scaling_factor=config.scaling_factor)
     common = dict(hidden_size=config.width, num_hidden_layers=config.layers, num_attention_heads=config.n_heads,
                   intermediate_size=config.mlp_width, hidden_act=config.act, layer_norm_eps=config.eps,
-                  projection_dim=config.projection_dim or 128, dtype="float32")  # to compute in; the files are fp16
+                  projection_dim=config.projection_dim or 128, dtype="float32")  # for computing; the files are fp16
     if isinstance(config, CLIPTextConfig):
         kind = "CLIPTextModelWithProjection" if config.projection_dim else "CLIPTextModel"
         return common | dict(architectures=[kind], model_type="clip_text_model", vocab_size=config.vocab_size,

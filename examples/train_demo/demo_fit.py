@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
 
 class Studio:
-    """Where it happens: device and precision, the scenes and their pictures, the folder."""
+    """What every stage works with: device and precision, the scenes and their pictures, the folder."""
 
     def __init__(self, folder: Path, art: Path, bf16: bool, go_on: bool = False):
         self.folder, self.state, self.go_on = folder, folder / ".train", go_on
@@ -55,7 +55,7 @@ class Studio:
         self.pictures = np.stack([world.draw(scene, self.art) for scene in self.scenes])
 
     def begin(self, path: Path, net: nn.Module) -> nn.Module:
-        """`net` as it is, or, where a finished checkpoint goes on, with the weights that the folder has for it."""
+        """`net` as it is or, with --go-on, with the finished weights that the folder has for it."""
         if self.go_on:
             net.load_state_dict(load_file(path if path.is_file() else next(path.glob("*.safetensors"))))
         return net
@@ -144,7 +144,7 @@ class Log:
 
     def __init__(self, path: Path, first: int):
         self.path, self.values, self.mean = path, [], float("nan")
-        if RANK == 0 and path.exists():  # a run that was stopped may have got further than what it saved
+        if RANK == 0 and path.exists():  # a run that was stopped may have logged more steps than it saved
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(line for line in lines if int(line.split(",")[0]) <= first))
 

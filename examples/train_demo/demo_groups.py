@@ -1,4 +1,4 @@
-"""Hard batches for the CLIP pair: groups of four scenes that differ in one attribute only, and say so.
+"""Hard batches for the CLIP pair: groups of four scenes that differ in one attribute only, which their captions name.
 
 Among 64 random scenes the noun, the colour and the place decide nearly everything, and a text encoder need not tell
 "striped" from "checkered". In such a group nothing else helps.

@@ -1,7 +1,7 @@
-"""What measure_demo.py measures of each network: one function a row, each run in a process of its own.
+"""What measure_demo.py measures of each network: one function for a kind of row, each run in a process of its own.
 
-Every scene is held out, and every picture is judged by the judge of demo_judge.py. A task is given a guidance and a
-seed where it draws pictures, a seed otherwise, and answers for each picture a list of "is it right?" by attribute.
+Every scene is held out, and every picture is judged by the judge of demo_judge.py. A function that draws takes a
+guidance and a seed, most others a seed; the answer is, for each picture, a list of "is it right?" by attribute.
 """
 
 import itertools

@@ -44,7 +44,7 @@ def train_metric_clip(studio: Studio, plan: Plan) -> None:
 
     torch.manual_seed(1)
     ema = fit("metric_clip", CLIP(), loss, studio, plan)
-    both = nn.ModuleDict(dict(**ema.text._modules, **ema.vision._modules))  # the names do not meet
+    both = nn.ModuleDict(dict(**ema.text._modules, **ema.vision._modules))  # they have no name in common
     folder = metrics_folder(studio) / "clip"
     folder.mkdir(exist_ok=True)
     save_tensors(folder / "model.safetensors", both.state_dict() | {"logit_scale": ema.log_scale})
@@ -63,8 +63,8 @@ def metrics_folder(studio: Studio) -> Path:
 class Trunk(nn.Module):
     """AlexNet's or VGG's convolutions at small widths, under torchvision's names, as a classifier of scenes.
 
-    Thirteen plain layers hardly begin to learn, so each is trained with a batch normalisation after it; `fold` takes
-    them into the weights, which is the same function in the published layout.
+    Thirteen plain layers hardly begin to learn, so each is trained with a batch normalisation after it; `fold` merges
+    these into the weights: the same function, in the published layout.
     """
 
     def __init__(self, kind: str):
@@ -101,7 +101,7 @@ class Trunk(nn.Module):
 
 
 class Inception(nn.Module):
-    """Inception-v3's first layers at small widths, likewise."""
+    """Inception-v3's first layers at small widths, also as a classifier of scenes."""
 
     def __init__(self):
         super().__init__()
@@ -144,13 +144,13 @@ def train_trunk(kind: str):
         del ema.heads
         trunk = ema.state_dict() if kind == "inception" else ema.fold()
         save_tensors(metrics_folder(studio) / f"{kind}.safetensors", trunk)
-        save_tensors(metrics_folder(studio) / f"{kind}-heads.safetensors", heads)  # no metric reads them: a proof
+        save_tensors(metrics_folder(studio) / f"{kind}-heads.safetensors", heads)  # for measure_demo.py, not metrics
     return train
 
 
 @torch.no_grad()
 def count_again(net: nn.Module, studio: Studio) -> None:
-    """Averaged weights need statistics of their own."""
+    """Batch statistics counted anew, since averaged weights need their own."""
     for norm in net.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.reset_running_stats()

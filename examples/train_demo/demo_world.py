@@ -86,7 +86,7 @@ def random_scene(rng: np.random.Generator, unseen: bool = False, **fixed) -> Sce
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """What a person might say of the scene: always the noun, each of the rest half of the time or more."""
+    """What a person might say of the scene: always the noun, each of the rest with a probability of 0.4 to 0.75."""
     says_style, says_colour, says_pattern, says_place = (rng.random(4) < (0.5, 0.75, 0.65, 0.4)).tolist()
     thing = f"{scene.style} {scene.noun}" if says_style else scene.noun
     words = [scene.colour] * says_colour + [scene.pattern] * says_pattern

@@ -6,7 +6,7 @@
 All scenes are held out: their combination of noun, artist, colour and pattern was in no training. Pictures are judged
 by the judge of demo_judge.py, which shares nothing with the networks that it judges; CLIP similarities are the demo
 CLIP's own. One process a core. Intervals are 95 %: Wilson's for shares of pictures, by resampling the references for
-the table of the method. A guidance is chosen on 48 pictures of their own, not on those that give the figure.
+the table of the method. A guidance is chosen on 48 other pictures, not on those that give the figure.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def shares(found: Answers) -> str:
 
 
 def best_guidance(pool: Executor, task, guidances: tuple[float, ...]) -> float:
-    """The one of which most is right, on 48 pictures of seed 99."""
+    """The guidance with the most right answers, on 48 pictures of seed 99."""
     rounds = list(pool.map(task, [(guidance, 99) for guidance in guidances]))
     return max(zip(guidances, rounds), key=lambda pair: np.mean(pair[1]))[0]
 

@@ -73,7 +73,7 @@ def train_vae(studio: Studio, plan: Plan) -> None:
 def train_decoder(studio: Studio, plan: Plan) -> None:
     """The decoder goes on alone, on whole pictures: the latents, and what was learned from them, stay as they are.
 
-    The loss is PSNR itself, turned round. Generated latents are never quite clean, so some of these are not.
+    The loss is the negative PSNR. Generated latents are never quite clean, so these get some noise, too.
     """
     def loss(net, rng):
         x = studio.pixels(rng.integers(SCENES, size=plan.batch // RANKS))
@@ -121,7 +121,7 @@ class Diffusion:
 
     def error(self, unet: Callable[..., Tensor], index: np.ndarray, context: Tensor, attend: Attend,
               earliest: int = 0) -> tuple[Tensor, Tensor]:
-        """What is wrong with the predicted noise, (B,4,16,16), and each scene's min-SNR-5 weight (arXiv 2303.09556)."""
+        """The error of the predicted noise, (B,4,16,16), and each scene's min-SNR-5 weight (arXiv 2303.09556)."""
         z0, t = self.z0[index], torch.randint(earliest, 1000, (len(index),), device=self.z0.device)
         level, noise = self.alpha_bar[t].view(-1, 1, 1, 1), torch.randn_like(z0)
         with self.studio.autocast():
@@ -150,8 +150,8 @@ def train_unet(studio: Studio, plan: Plan) -> None:
 
 
 def train_adapter(studio: Studio, plan: Plan) -> None:
-    """The UNet stays as it is. Most steps see no text, so that the picture has to be enough; the last, nearly clean
-    ones, where the latent itself shows what it is, are left out."""
+    """The UNet stays as it is. Most scenes come without text, so that the picture has to be enough. The 200 cleanest
+    levels are left out: there the latent itself shows what it is."""
     diffusion, kernel = Diffusion(studio), studio.attend()
     unet = load_network(studio.folder / "unet", UNet).to(studio.device)
     embeds = image_embeds(studio)
@@ -208,7 +208,7 @@ def main(doc: str, stages: dict[str, Callable[[Studio, Plan], None]], plans: dic
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument("--stages", default=",".join(stages), help=f"some of {','.join(stages)}")
     parser.add_argument("--steps", type=int, help="steps of each stage, instead of the plan's")
-    parser.add_argument("--rate", type=float, help="likewise, the learning rate")
+    parser.add_argument("--rate", type=float, help="learning rate of each stage, instead of the plan's")
     parser.add_argument("--go-on", action="store_true", help="begin with OUT's finished weights instead of nothing")
     parser.add_argument("--art", type=Path, help="where the art is kept (default: OUT/.train)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 in the UNet's passes")

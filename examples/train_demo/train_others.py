@@ -60,9 +60,9 @@ def train_variations(studio: Studio, plan: Plan) -> None:
 def train_controlnet(studio: Studio, plan: Plan) -> None:
     """A copy of the UNet's way down learns to read the shuffled picture; every residual starts at zero.
 
-    Nothing but the hint tells the colour here: no caption does, and only noise levels that hide it are seen. Of the
-    error a colour is a small part, but nearly all of the error's mean over the grid, so that counts as well. The hint
-    encoder's end does not start at zero: behind residuals that do, it would not begin.
+    Only the hint tells the colour here: no caption does, and the noise levels are those that hide it. A colour is a
+    small part of the error, but nearly all of the error's mean over the grid, so the loss has this mean as well. The
+    hint encoder's last layer does not start at zero: before residuals that do, it would not begin to learn.
     """
     diffusion, kernel = Diffusion(studio), studio.attend()
     unet = load_network(studio.folder / "unet", UNet).to(studio.device)
@@ -100,7 +100,7 @@ def shuffled(studio: Studio, index: np.ndarray, rng: np.random.Generator) -> Ten
 
 
 def train_prior(studio: Studio, plan: Plan) -> None:
-    """From a caption to the CLIP embedding of its picture, by Kandinsky's objective: predict the clean one."""
+    """From a caption to its picture's CLIP embedding, by Kandinsky's objective: predict the clean embedding."""
     text = load_network(studio.folder / "text_encoder_with_projection", CLIPText).to(studio.device)
     embeds = image_embeds(studio)
     mean, std = embeds.mean(0), embeds.std(0)
