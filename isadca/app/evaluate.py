@@ -1,5 +1,5 @@
-"""isadca evaluate: from flags to evaluation's evaluate. `--systems isadca,rival:guidance=5,mine.py:idea` is read here:
-names and own code, each with fields changed."""
+"""isadca evaluate: from flags to evaluation.run.evaluate. `--systems isadca,rival:guidance=5,mine.py:idea` is read
+here: names and own code, each with fields changed."""
 
 import re
 import sys

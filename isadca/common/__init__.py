@@ -1,1 +1,1 @@
-"""What every room uses: problems, progress, files, pictures, sheets."""
+"""What every folder uses: problems, progress, files, pictures, masks, sheets."""
