@@ -10,7 +10,8 @@ from .loop import (
     decode as decode, predict as predict, sample as sample, vary as vary)
 from .networks.model import Model as Model
 from .loading.load import default_weights as default_weights, load as load
-from .common.images import load_image as load_image, save_png as save_png
+from .common.files import save_png as save_png
+from .common.images import load_image as load_image
 from .common.masks import masked as masked
 from .common.sheets import contact_sheet as contact_sheet
 from .common.problem import Problem as Problem

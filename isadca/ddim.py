@@ -90,3 +90,11 @@ def step(z: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_prev: float) -> Ten
 def inverse_step(z: Tensor, eps: Tensor, alpha_bar_prev: float, alpha_bar: float) -> Tensor:
     """Eq. 4: z̄ at the cleaner level and a noise prediction -> z̄_t. Exactly undoes `step` for the same eps."""
     return step(z, eps, alpha_bar_prev, alpha_bar)
+
+
+def adain(x: Tensor, ref: Tensor) -> Tensor:
+    """RIVAL's noise alignment: x with ref's mean and deviation in each channel. (N,4,h,w), (1 or N,4,h,w)."""
+    def moments(y):
+        return y.mean((2, 3), keepdim=True), (y.var((2, 3), keepdim=True) + 1e-5).sqrt()
+    (mean, std), (ref_mean, ref_std) = moments(x), moments(ref)
+    return (x - mean) / std * ref_std + ref_mean

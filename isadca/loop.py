@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .attention import KV, Attend, attend, by_kind, by_rows, dca, in_layers, isa, joined, rows_of
 from .common.images import RECIPE_KEY, to_images
-from .common.problem import Problem
+from .common.problem import Problem, expect, expect_all, expect_names
 from .common.progress import Progress, shown, silent
+from .ddim import adain
 from .methods import ISADCA, Method, Run, method_named
 from .networks.model import Model, Watch
 from .reference import Reference, ReferenceStep, initial_latents, invert, replay_all
@@ -39,6 +40,10 @@ class Options:
     kernel: Attend = attend               # what attends in the end
     progress: Progress | bool = silent
     on_step: Callable[[Run, int, Tensor, "Noise"], Tensor | None] | None = None
+
+    def __post_init__(self):
+        expect_all("mask or keep", (self.mask, self.keep), Tensor | None, "a tensor (h,w) from 0 to 1")
+        expect_all("also", self.also, Reference, "a list of what isadca.invert gives")
 
 
 class Conditions(NamedTuple):
@@ -202,14 +207,6 @@ def guide(eps: Sequence[Tensor], *weights: float) -> Tensor:
     return eps[0] + sum(weight * (other - eps[0]) for weight, other in zip(weights, eps[1:]))
 
 
-def adain(x: Tensor, ref: Tensor) -> Tensor:
-    """RIVAL's noise alignment: x with ref's mean and deviation in each channel. (N,4,h,w), (1 or N,4,h,w)."""
-    def moments(y):
-        return y.mean((2, 3), keepdim=True), (y.var((2, 3), keepdim=True) + 1e-5).sqrt()
-    (mean, std), (ref_mean, ref_std) = moments(x), moments(ref)
-    return (x - mean) / std * ref_std + ref_mean
-
-
 # ---- what a step attends to ------------------------------------------------------------------------------------
 
 def attends(controls: Controls) -> Attend | tuple[Attend, Attend] | list[Guided]:
@@ -278,14 +275,18 @@ def vary(model: Model, ref: Reference | Image.Image | str | Path, prompt: str | 
     A picture or its path is inverted first. `options` are fields of `Options`, and of `Method`, which they change.
     Each picture's `info` says how it was made; `save_png` writes that.
     """
+    expect("model", model, Model, "what isadca.load gives")
+    expect_names(options, {"seeds", "negative", *(field.name for each in (Method, Options) for field in fields(each))})
     changes = {field.name: options.pop(field.name) for field in fields(Method) if field.name in options}
-    method = replace(method_named(method) if isinstance(method, str) else method, **changes)
-    seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
+    method = replace(method if isinstance(method, Method) else method_named(method), **changes)
+    seeds = tuple(seeds) if isinstance(seeds, Iterable) else (seeds,)
+    prompts: Sequence = prompt if isinstance(prompt, Sequence) and prompt and not isinstance(prompt, str) else [prompt]
+    expect_all("prompt or negative", [negative, *prompts], (str, Tensor), "a text, or for prompts a list")
     if not isinstance(ref, Reference):
         ref = invert(model, ref, method.steps, progress=options.get("progress", silent))
     elif changes.get("steps", ref.steps) != ref.steps:
         raise Problem(f"steps is {method.steps}, the reference was inverted with {ref.steps}; give the picture itself")
-    prompts = [prompt] if isinstance(prompt, (str, Tensor)) else prompt
+    method = replace(method, steps=ref.steps)  # as the pictures' recipes say it
     runs, pictures = [Run(each, method, seeds, negative) for each in prompts], []
     for run, z in zip(runs, sample(model, ref, runs, **options)):
         for seed, picture in zip(seeds, decode(model, z)):

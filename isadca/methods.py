@@ -8,9 +8,10 @@ changes come up to one step earlier, and MasaCtrl's four plain steps reach furth
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Union
 
-from .common.problem import Problem
+from .common.problem import Problem, expect
 
 if TYPE_CHECKING:  # the command line's help reads this file and does not wait for torch
     from torch import Tensor
@@ -51,8 +52,8 @@ class Method:
     def lam_at(self, t: int, T: int) -> "float | Tensor":
         """λ_t. A tensor stays one, so that gradients reach it. Raises Problem outside [0,1]."""
         lam = self.lam(t, T) if callable(self.lam) else self.lam
-        if not 0 <= lam <= 1:
-            raise Problem(f"lam is {lam} at t = {t}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
+        if isinstance(lam, str) or not 0 <= lam <= 1:
+            raise Problem(f"lam is {lam!r} at t = {t}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
         return lam
 
     def is_active(self, t: int) -> bool:
@@ -80,6 +81,9 @@ class Method:
 
     def check(self, T: int, n_layers: int | None = None) -> "Method":
         """Self, with `layers` counted from the start. Raises Problem, naming the field and what is allowed."""
+        for f in fields(self):
+            if type(f.default) in (int, float) and f.name != "lam":
+                expect(f.name, getattr(self, f.name), Real, f"a number such as {f.default:g}")
         rules = [("guidance", math.isfinite(self.guidance), "a finite number; the paper has 7"),
                  ("k", 0 <= self.k < T, f"0 to {T - 1}; control is on for t > k"),
                  ("t_start", self.k < self.t_start, f"more than k, which is {self.k}"),
@@ -101,8 +105,8 @@ def counted(name: str, layers: tuple[int, ...] | None, n: int | None) -> tuple[i
     """Numbers of the UNet's n transformer blocks, all counted from the start. Raises Problem where it has fewer."""
     if layers is None or n is None:
         return layers
-    if not all(-n <= layer < n for layer in layers):
-        raise Problem(f"{name} is {layers}, expected some of 0 to {n - 1}: this UNet has {n} of them")
+    if not all(isinstance(layer, int) and -n <= layer < n for layer in layers):
+        raise Problem(f"{name} is {layers!r}, expected some of 0 to {n - 1}: this UNet has {n} of them")
     return tuple(layer % n for layer in layers)
 
 
@@ -163,6 +167,7 @@ class Run:
 
 def method_named(name: str) -> Method:
     """A preset. Raises Problem for an unknown name."""
+    expect("method", name, str, "a Method or the name of a preset")
     if name not in PRESETS:
         raise Problem(f"method is {name!r}, expected one of {', '.join(PRESETS)}")
     return PRESETS[name]

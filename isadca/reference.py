@@ -10,6 +10,7 @@ Shapes: T steps, (4,h,w) a latent.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from .attention import KV, Attend, attend, capture, joined, rows_of
 from .common.images import fit, load_image, to_images, to_tensor
-from .common.problem import Problem
+from .common.problem import Problem, expect, expect_all
 from .common.progress import Progress, shown, silent
 from .ddim import draw_noise
 from .methods import Method
 from .networks.model import Model, Watch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reference:
     """A picture and its inversion. `chain` is (T+1,4,h,w): clean latent first, z̄_T last."""
 
@@ -34,6 +35,9 @@ class Reference:
     chain: Tensor
     prompt: str = ""
     original: Image.Image | None = None  # before it was fitted: what the image prompt's encoder sees
+
+    def __repr__(self) -> str:
+        return f"<isadca.Reference: {self.image.width}×{self.image.height}, {self.steps} steps, {self.prompt!r}>"
 
     @property
     def steps(self) -> int:
@@ -64,6 +68,9 @@ def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, promp
     Each of `fixed_point` iterations is one more UNet call that moves this evaluation towards z̄_t itself; the way
     back then retraces the way up more closely.
     """
+    expect("model", model, Model, "what isadca.load gives")
+    expect("image", image, (Image.Image, str, Path), "a picture or its path")
+    expect("steps", steps, int, "a whole number; 50 is the paper's")
     grid = model.schedule.steps(steps)
     original = load_image(image) if isinstance(image, (str, Path)) else image
     fitted = fit(original, model.check_size(model.size if size is None else size), fit_by)
@@ -106,7 +113,7 @@ def replay(model: Model, ref: Reference, wanted: Callable[[int], bool] = lambda 
     ready: dict[int, ReferenceStep] = {}
     for i in range(len(grid)):
         if i in ahead and i not in ready:
-            chunk = [j for j in ahead if j >= i][:at_once]
+            chunk = [j for j in ahead if j >= i][:max(1, at_once)]
             ready = dict(zip(chunk, reference_steps(model, ref, chunk, rows, context, kernel, maps)))
         yield ready.pop(i, None)
 
@@ -130,21 +137,35 @@ def replay_all(model: Model, refs: Sequence[Reference], methods: Sequence[Method
                replayed: Iterable[ReferenceStep | None] | None = None) -> Iterator[ReferenceStep | None]:
     """What `methods` want of each step; of several references, the tokens of all and the first one's noise.
 
-    `replayed` is a kept replay of the one reference. Raises Problem where that has another number of steps.
+    `replayed` is a kept replay of the one reference. Raises Problem where that has another number of steps, or lacks
+    what the methods read.
     """
     T, steps = model.schedule.config.train_steps, refs[0].steps
+    if other := next((ref.steps for ref in refs if ref.steps != steps), None):
+        raise Problem(f"a second reference has {other} steps, the first has {steps}; invert both with the same")
     wanted = lambda t: any(method.wants_reference(t, T) for method in methods)
     rows, maps = max(method.ref_rows for method in methods), any(method.ref_maps for method in methods)
-    kept = [replayed]
-    if replayed is None:
-        kept = [replay(model, ref, wanted, at_once, kernel, rows, maps) for ref in refs]
+    kept = [iter(replayed)] if replayed is not None else \
+        [replay(model, ref, wanted, at_once, kernel, rows, maps) for ref in refs]
     n = len(replayed) if isinstance(replayed, Sequence) else 0
     if n in (0, steps):
         for n, (step, *others) in enumerate(zip(*kept), 1):
+            if n == steps and next(kept[0], None):  # one too many
+                n += 1
+                break
+            if wanted(model.schedule.steps(steps)[n - 1].t):
+                check_replayed(step, rows, maps)
             if others and step:
                 step = step._replace(kv=joined([step.kv, *(other.kv for other in others)], dim=2))
             yield step
     raise Problem(f"replayed has {n} steps, the reference has {steps}; replay this reference, once a call")
+
+
+def check_replayed(step: ReferenceStep | None, rows: int, maps: bool) -> None:
+    """Raises Problem for a kept step that a method cannot read."""
+    if step is None or not step.kv or maps and not step.qk or len(next(iter(step.kv.values()))[0]) < rows:
+        raise Problem("replayed lacks what the method reads at a step; keep list(replay(model, ref, "
+                      f"rows={rows}, maps={maps}))")
 
 
 # ---- where sampling starts -------------------------------------------------------------------------------------
@@ -153,13 +174,14 @@ def initial_latents(ref: Reference, method: Method, seeds: Sequence[int]) -> Ten
     """z_T of each seed, (N,4,h,w), from a CPU generator of its own: the same alone or in any batch."""
     if not seeds:
         raise Problem("seeds is empty, expected one or more whole numbers; each is a picture")
+    expect_all("seeds", seeds, Integral, "whole numbers")
     return torch.cat([initial_latent(ref.chain[-1:], method, seed) for seed in seeds])
 
 
 def initial_latent(z_T: Tensor, method: Method, seed: int) -> Tensor:
     """One seed's z_T, (1,4,h,w), from the reference's z̄_T. "gaussian" keeps its moments in each channel, as the
     sixth equation of RIVAL's paper does."""
-    generator, z = torch.Generator().manual_seed(seed), z_T
+    generator, z = torch.Generator().manual_seed(int(seed)), z_T
     if method.init == "shuffle":  # one permutation of the cells for all channels keeps each cell's vector whole
         order = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device)
         z = z.flatten(2)[:, :, order].view_as(z)

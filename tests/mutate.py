@@ -43,12 +43,12 @@ HERE = Path(__file__).parent
 CACHE = HERE / ".mutants"
 TESTS = {  # in this order: what notices most, and what is quick, first
     "attention.py": ["heart/test_attention.py", "heart/test_attention_identities.py", "heart/test_loop.py"],
-    "ddim.py": ["heart/test_ddim.py", "heart/test_reference.py"],
-    "methods.py": ["heart/test_loop.py", "heart/test_rival.py", "heart/test_own_ideas.py"],
+    "ddim.py": ["heart/test_ddim.py", "heart/test_loop.py", "heart/test_reference.py"],
+    "methods.py": ["heart/test_arguments.py", "heart/test_loop.py", "heart/test_rival.py", "heart/test_own_ideas.py"],
     "reference.py": ["heart/test_reference.py", "heart/test_rival.py", "heart/test_batches.py",
-                     "heart/test_own_ideas.py", "heart/test_finite.py"],
-    "loop.py": ["heart/test_loop.py", "heart/test_batches.py", "heart/test_rival.py", "heart/test_own_ideas.py",
-                "heart/test_finite.py"],
+                     "heart/test_own_ideas.py", "heart/test_finite.py", "heart/test_arguments.py"],
+    "loop.py": ["heart/test_loop.py", "heart/test_arguments.py", "heart/test_batches.py", "heart/test_rival.py",
+                "heart/test_own_ideas.py", "heart/test_finite.py"],
     "common/masks.py": ["heart/test_own_ideas.py"],
     "speed/blend_isa.py": ["speed/test_blend_isa.py", "heart/test_attention.py", "heart/test_attention_identities.py"],
     "networks/ip_adapter.py": ["networks/test_ip_adapter.py", "networks/test_traps.py", "heart/test_loop.py"],

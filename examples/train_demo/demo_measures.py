@@ -24,10 +24,9 @@ from isadca.attention import Attend, attend as plain_attend, dca
 from isadca.common.images import clip_pixels, to_images, to_tensor
 from isadca.ddim import step
 from isadca.evaluation.metrics import inception_map, load_metric, lpips, psnr, taps
-from isadca.loading.config_json import read_config
+from isadca.loading.checkpoints import load_into
+from isadca.loading.load import build, find_part
 from isadca.loop import decode, guide
-from isadca.networks.clip import CLIPText
-from isadca.networks.sizes import CLIPTextConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "counterparts"))
 from controlnet_shuffle import load_controlnet, shuffle_content
@@ -44,12 +43,11 @@ def start(folder: Path, art: Path, steps: int) -> None:
     """Load everything, once a process."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    judge, text = Judge(), CLIPText(read_config(CLIPTextConfig, folder / "text_encoder_with_projection/config.json"))
+    judge, part = Judge(), find_part(folder / "text_encoder_with_projection", "text", torch.float32)
     judge.load_state_dict(load_file(folder / "judge/model.safetensors"))
-    text.load_state_dict(load_file(folder / "text_encoder_with_projection/model.safetensors"))
     model = isadca.load(folder, device="cpu", dtype="fp32")
-    shared.update(model=model, judge=judge.float().eval(), text=text.float().eval(), art=world.fetch_art(art),
-                  steps=steps, folder=folder, prior=load_prior(folder / "prior"),
+    shared.update(model=model, judge=judge.float().eval(), text=load_into(build(part), part, torch.float32),
+                  art=world.fetch_art(art), steps=steps, folder=folder, prior=load_prior(folder / "prior"),
                   controlnet=load_controlnet(folder / "controlnet-shuffle", model.unet.config),
                   variations=load_image_variations(folder / "image-variations"))
 

@@ -38,7 +38,7 @@ from isadca.attention import Attend, dca
 from isadca.networks.clip import CLIPText, CLIPVision
 from isadca.ddim import ScheduleConfig
 from isadca.ddim import Schedule
-from isadca.common.images import save_png
+from isadca.common.files import save_png
 from isadca.networks.ip_adapter import IPAdapter, numbered
 from isadca.networks.unet import UNet
 from isadca.networks.vae import VAE

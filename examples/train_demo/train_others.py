@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from train_demo import Diffusion, image_embeds, main
 
-from isadca.common.images import save_png
+from isadca.common.files import save_png
 from isadca.networks.clip import CLIPText
 from isadca.networks.unet import UNet
 

@@ -6,8 +6,8 @@ from time import perf_counter
 import numpy as np
 from PIL import ImageChops
 
-from ..common.files import sha256
-from ..common.images import load_image, save_png
+from ..common.files import save_png, sha256
+from ..common.images import load_image
 from ..common.problem import Problem
 from ..loading.load import default_weights, load
 from ..loop import Run, decode, sample

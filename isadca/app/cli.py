@@ -86,7 +86,7 @@ def _read(argv: list[str]) -> argparse.Namespace:
             raise Problem("vary needs REF and PROMPT, or --recipe, and -o OUT; see isadca vary --help")
         *args.refs, args.prompt = args.words
         # a recipe's prompt is a prompt, whatever it ends in: no picture makes this read a file
-        args.prompts_file = args.prompt if len(typed) > 1 and args.prompt.endswith(".txt") else None
+        args.prompts_file = args.prompt if len(typed) > 1 and args.prompt.lower().endswith(".txt") else None
         del args.words
     check_inputs(args)
     return args
@@ -105,6 +105,8 @@ def _again(given: argparse.Namespace, vary: Parser, argv: list[str]) -> argparse
     except Problem as problem:
         raise Problem(f"{source}: its recipe is damaged or of another version: {problem}") from None
     args.words += words[len(args.words):]
+    if len(given.words) == 1 and not Path(given.words[0]).exists():
+        raise Problem(f"{given.words[0]}: no such picture; for another prompt give REF and PROMPT")
     if is_own(args.method or "") and not given.method:
         raise Problem(f"{source}: was made with --method {args.method}; give the flag again to run that code")
     args.recipe_source = recipe if not given.words and given.weights is None else None  # what is to be verified

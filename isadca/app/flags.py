@@ -12,11 +12,6 @@ from ..common.problem import Problem
 from ..methods import PRESETS, Cosine, Lambda, Linear, Method
 from .fetch import names as fetchable
 
-# what people coming from other tools type
-HABITS = {"--cfg": "--guidance", "--cfg-scale": "--guidance", "--guidance-scale": "--guidance",
-          "--num-inference-steps": "--steps", "--negative-prompt": "--negative",
-          "--num-images": "--n", "--lambda": "--lam", "--model": "--weights", "--strength": "--diversity",
-          "--attend": "--method"}
 KEEP = "where this is white the reference stays as it is"
 
 
@@ -27,11 +22,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **options)
 
     def error(self, message: str):
-        import difflib  # --help does not wait for it
-        mine = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        from ..common.habits import meant
+        mine = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
         for flag in re.findall(r"(?<=[ :])--?[a-zA-Z][\w-]*", message) if "unrecognized" in message else []:
-            near = [HABITS[flag]] if HABITS.get(flag) in mine else difflib.get_close_matches(flag, mine, 1, 0.7)
-            message += f"; did you mean {near[0]}?" if near else ""
+            near = meant(flag, mine)
+            message += f"; did you mean --{near}?" if near else ""
         raise Problem(f"{message}; see {self.prog} --help")
 
 
@@ -75,7 +70,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 def parse_size(text: str) -> tuple[int, int]:
     """"512" or "512x768" -> (width, height)."""
-    found = re.fullmatch(r"(\d{1,9})(?:[x,](\d{1,9}))?", text, re.ASCII)
+    found = re.fullmatch(r"([0-9]{1,9})(?:[xX×,]([0-9]{1,9}))?", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r}, expected such as 512 or 512x768")
     return int(found[1]), int(found[2] or found[1])

@@ -10,10 +10,12 @@ from math import prod
 from pathlib import Path
 from textwrap import fill
 
+from ..common.images import FORMATS
 from ..common.problem import Problem
 from ..loading.layouts import PREFIXES, Part
 from ..methods import PRESETS
 from .console import note
+from .saved_reference import is_reference
 
 # files that evaluation and examples read beyond a model, each told by a key that no other file has
 OTHERS = [("ControlNet", "diffusers", "controlnet_cond_embedding.conv_in.weight"),
@@ -24,21 +26,32 @@ OTHERS = [("ControlNet", "diffusers", "controlnet_cond_embedding.conv_in.weight"
           ("VGG16, for LPIPS", "torchvision", "features.17.weight"),
           ("Inception-v3, for SIFID", "torchvision", "Conv2d_1a_3x3.conv.weight"),
           ("the heads of LPIPS", "lpips", "lin0.model.1.weight")]
+PICTURES = {f".{kind.lower()}" for kind in FORMATS} | {".jpg", ".tif"}
+WEIGHTS = (".safetensors", ".json", ".ckpt", ".pt", ".pth", ".bin")
 RECIPE = ("reference_sha256", "device", "dtype", "threads", "versions", "weights_sha256")
 
 
 def inspect(args: Namespace) -> None:
     """What each path is; the first Problem is raised after the paths before it are printed."""
-    for path in args.paths:
-        if path.suffix.lower() == ".png":
+    for path in [each for path in args.paths for each in _pictures_in(path) or [path]]:
+        if path.suffix.lower() in PICTURES:
             told = _picture(path)
         elif (path / "settings.json").is_file():
             told = _results(path)
-        elif path.suffix == ".safetensors" and _is_reference(path):
+        elif path.suffix == ".safetensors" and is_reference(path):
             told = _reference(path)
+        elif path.is_file() and path.suffix.lower() not in WEIGHTS:
+            raise Problem(f"{path}: is nothing that isadca writes or reads; expected a picture, weights, a saved "
+                          "reference or a folder")
         else:
             told = _weights(path)
         print(json.dumps({"path": str(path)} | told) if args.json else "\n".join(_lines(path, told)))
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    """The PNGs of a folder that holds no weights and no results: what vary wrote."""
+    other = (folder / "settings.json").exists() or (folder / "unet").exists() or any(folder.glob("*.safetensors"))
+    return [] if other else sorted(folder.glob("*.png"))
 
 
 def _lines(path: Path, told: dict) -> list[str]:
@@ -69,14 +82,6 @@ def _results(path: Path) -> dict:
     except (OSError, ValueError, AttributeError, RecursionError):
         raise Problem(f"{path}/settings.json: is damaged; a new run with another -o makes one") from None
     return {"what": "results", "variations": len(list(path.glob("pictures/*/*-*.png"))), "settings": settings}
-
-
-def _is_reference(path: Path) -> bool:
-    from ..loading.checkpoints import read_header
-    try:
-        return read_header(path).metadata.get("format", "").startswith("isadca reference")
-    except Problem:
-        return False  # the weights' reader says why
 
 
 def _reference(path: Path) -> dict:

@@ -21,9 +21,10 @@ class Job:
 
     def __init__(self, args: Namespace, methods: Sequence[Method], refs: int, samplings: int):
         self.quiet, self.fixed_point, self.n = args.quiet, getattr(args, "fixed_point", 0), getattr(args, "n", 1)
-        self.rows_at_once, self.runs = getattr(args, "rows_at_once", 1), len(methods)
+        self.rows_at_once = getattr(args, "rows_at_once", 1)
         self.rows = sum(map(rows_a_step, methods)) * self.n  # of the UNet in a step of sampling
         self.to_come = {"inverting": refs, "sampling": samplings}
+        self.pictures = samplings * len(methods) * self.n
         self.steps = 0
         self.bar: tqdm | None = None
 
@@ -31,8 +32,7 @@ class Job:
         """Before the first work of a reference. What is to come is said once."""
         if not self.steps and not self.quiet:
             name = "the demo (64×64 emoji; for photos: isadca fetch)" if is_demo(weights) else str(weights)
-            pictures = self.to_come["sampling"] * self.runs * self.n
-            many = f", {pictures} picture{'s' * (pictures > 1)}" if pictures else ""
+            many = f", {self.pictures} picture{'s' * (self.pictures > 1)}" if self.pictures else ""
             largest = max(1, min(self.rows, self.rows_at_once))  # rows of one call of the UNet
             line = (f"{name} on {model.device} in {str(model.dtype).removeprefix('torch.')}: {size[0]}×{size[1]}, "
                     f"{steps} step{'s' * (steps > 1)}{many}, about {memory(model, size, largest):.1f} GB")
@@ -69,7 +69,7 @@ def is_demo(weights: Path) -> bool:
 
 def strange_words(model: Model, prompt: str) -> list[str]:
     """The words that the demo's world lacks: its tokenizer has each of its own as one token."""
-    return [word for word, rows in model.tokenizer.words(prompt) if len(rows) > 1]
+    return list(dict.fromkeys(word for word, rows in model.tokenizer.words(prompt) if len(rows) > 1))
 
 
 def rows_a_step(method: Method) -> int:

@@ -4,6 +4,7 @@ import os
 import stat
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..common.files import try_write
@@ -34,15 +35,18 @@ def check_inputs(args: Namespace) -> None:
             mode = os.stat(path).st_mode
         except OSError:
             continue  # who reads it says why
+        except ValueError:  # half of a surrogate pair, from a forged recipe
+            raise Problem(f"{flag} is {path!r}, which can be no path; give another") from None
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise Problem(f"{path}: is a pipe or a device, expected a file or folder; copy what it gives to a file")
 
 
-def writable(path: Path, suffix: str, args: Namespace, flag: str = "-o") -> Path:
+def writable(path: Path, suffix: str | tuple[str, ...], args: Namespace, flag: str = "-o") -> Path:
     """`path`, if a file can be written there without replacing an input: checked before the work, not after."""
     another = f"choose another {flag}"
-    if path.suffix.lower() != suffix:
-        raise Problem(f"{path}: expected a name that ends in {suffix}")
+    suffixes = suffix if isinstance(suffix, tuple) else (suffix,)
+    if path.suffix.lower() not in suffixes:
+        raise Problem(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
     if "\0" in str(path):
         raise Problem(f"{str(path)!r}: holds a NUL; {another}")
     if path.is_dir():
@@ -60,6 +64,22 @@ def writable(path: Path, suffix: str, args: Namespace, flag: str = "-o") -> Path
         raise Problem(f"{path}: the folder {path.parent} is not writable; {another}")
     try_write(path)
     return path
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """A folder for outputs; a new one is taken away again where the checks inside the block raise a Problem."""
+    new = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"{path}: no folder can be made there ({error.strerror}); choose another -o") from None
+    try:
+        yield
+    except Problem:
+        if new:
+            path.rmdir()
+        raise
 
 
 def prompts_of(path: str) -> list[str]:

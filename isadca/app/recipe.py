@@ -74,7 +74,9 @@ def recipe_flags(recipe: dict, command: str, source: Path) -> tuple[list[str], l
     A reference that is not where it was is looked for beside the picture.
     """
     if recipe.get("command") != command:
-        raise Problem(f"{source}: was made by isadca {recipe.get('command')}, expected isadca {command}")
+        made = str(recipe.get("command"))
+        by = "from Python" if made.startswith("isadca.") else f"by isadca {made}"
+        raise Problem(f"{source}: was made {by}, expected isadca {command}; isadca inspect shows how")
     args = recipe.get("args") if isinstance(recipe.get("args"), dict) else {}
     ref, prompt = args.get("ref"), args.get("prompt")
     if (not isinstance(ref, str) or not isinstance(prompt, str) or "\0" in ref
@@ -82,7 +84,7 @@ def recipe_flags(recipe: dict, command: str, source: Path) -> tuple[list[str], l
             or not all(re.fullmatch("[a-z_]+", key) for key in args)):  # "grid=x" would be another flag
         raise Problem(f"{source}: its recipe is damaged; give REF, PROMPT and the flags yourself")
     beside = source.parent / Path(ref).name
-    if not Path(ref).exists() and beside.exists():
+    if not Path(ref).exists() and beside.exists() and not beside.samefile(source):
         ref = str(beside)
     flags = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in args.items()}
     return [ref, prompt], [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()

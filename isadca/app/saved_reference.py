@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ..common.files import atomic_write
 from ..common.problem import Problem
-from ..loading.checkpoints import check_header
+from ..loading.checkpoints import check_header, read_header
 from ..reference import Reference
 from .recipe import differing
 
@@ -29,7 +29,15 @@ def save_reference(ref: Reference, path: str | Path, weights: str) -> None:
         raise Problem(f"{path}: cannot write there ({error}); choose another -o") from None
 
 
-def load_reference(path: str | Path, weights: str | None, device: torch.device | str = "cpu") -> Reference:
+def is_reference(path: Path, damaged: bool = False) -> bool:
+    """Whether a safetensors file is a saved reference; of one that cannot be read, `damaged`."""
+    try:
+        return read_header(path).metadata.get("format", "").startswith("isadca reference")
+    except Problem:
+        return damaged
+
+
+def load_reference(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Reference:
     """Read a saved reference. Raises Problem for another kind of file and, unless `weights` is None, for one that
     other weights made."""
     path = Path(path)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..common.files import sha256
-from ..common.images import fit, load_image, save_png
+from ..common.files import save_png, sha256
+from ..common.images import fit, load_image
 from ..common.problem import Problem
 from ..loading.load import default_weights, find_tokenizer, load
 from ..ddim import predict_x0
@@ -32,12 +32,12 @@ DIVERSITY_OF_MANY = 0.3  # where every seed would give the same picture
 class Picture:
     """A reference's file, read and hashed once, so that the recipe names what was used. A saved one has no image."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, read: bool = True):
         self.path = Path(path)
-        saved = self.path.suffix == ".safetensors"
+        read = read and self.path.suffix != ".safetensors"
         self.sha256 = sha256(self.path) if self.path.is_file() else ""
-        self.image: Image.Image | None = None if saved else load_image(self.path, note)
-        if not saved and sha256(self.path) != self.sha256:
+        self.image: Image.Image | None = load_image(self.path, note) if read else None
+        if read and sha256(self.path) != self.sha256:
             raise Problem(f"{path}: changed while it was read; run it again")
 
 
@@ -50,6 +50,8 @@ class Session:
     def __init__(self, args: Namespace, methods: Sequence[Method] = (), refs: int = 1, samplings: int = 0):
         self.args, self.job = args, Job(args, methods, refs, samplings)
         self.steps = methods[0].steps if methods else Method.steps
+        self.beside = {name: load_image(path, note) for name in ("mask", "keep", "also")
+                       if (path := getattr(args, name, None))}  # before the model, so that a bad one is named at once
         wants_image = any(method.wants_image for method in methods)
         self.model = load(args.weights, args.ip_adapter if wants_image else "none", args.image_encoder, args.vae,
                           args.device, args.dtype, args.compile)
@@ -116,11 +118,11 @@ class Session:
     def sample(self, runs: list[Run]) -> list[torch.Tensor]:
         args, ref = self.args, self.ref
         if args.also and (self.also is None or (self.also.steps, self.also.image.size) != (ref.steps, ref.image.size)):
-            self.also = self._invert(load_image(args.also, note), ref.steps, ref.image.size)
+            self.also = self._invert(self.beside["also"], ref.steps, ref.image.size)
         on_step = None if getattr(args, "preview", None) is None else self._preview(args.preview)
         return sample(self.model, ref, runs, on_step=on_step, progress=self.job.progress, at_once=args.replay_at_once,
                       rows_at_once=args.rows_at_once, also=[self.also] if self.also else [],
-                      mask=self.region(args.mask), keep=self.region(args.keep))
+                      mask=self.region("mask"), keep=self.region("keep"))
 
     def _preview(self, path: Path) -> Callable:
         """An on_step that writes, every five steps, the first picture as the noise at that step predicts it."""
@@ -132,11 +134,11 @@ class Session:
                 save_png(decode(self.model, x0)[0], path)
         return on_step
 
-    def region(self, path: str | None) -> torch.Tensor | None:
-        """A picture's brightness, (h,w) from 0 to 1, fitted as the reference was."""
-        if path is None:
+    def region(self, name: str) -> torch.Tensor | None:
+        """The brightness of --mask or --keep, (h,w) from 0 to 1, fitted as the reference was."""
+        if name not in self.beside:
             return None
-        fitted = fit(load_image(path, note), self.ref.image.size, self.args.fit or "crop").convert("L")
+        fitted = fit(self.beside[name], self.ref.image.size, self.args.fit or "crop").convert("L")
         return torch.from_numpy(np.array(fitted)).to(self.model.device) / 255
 
     def prompt(self, text: str) -> str:

@@ -18,10 +18,10 @@ def device_named(name: str) -> torch.device:
 
 def dtype_named(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """auto: half precision on CUDA, float32 elsewhere (on most CPUs bfloat16 takes twice as long). Raises Problem."""
-    if isinstance(name, torch.dtype):
-        return name
     auto = torch.float16 if device.type == "cuda" else torch.float32
-    names = {"auto": auto, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+    names: dict = {"auto": auto, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+    if isinstance(name, torch.dtype) and name in names.values():
+        return name
     if name not in names:
         raise Problem(f"dtype is {name!r}, expected {', '.join(names)}")
     return names[name]

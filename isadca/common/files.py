@@ -1,6 +1,7 @@
-"""Files: written whole or not at all, and their sha256."""
+"""Files: written whole or not at all, pictures with their recipe; and sha256."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,18 @@ def save_text(text: str, path: str | Path) -> None:
     """Write a text whole or not at all, in UTF-8."""
     with atomic_write(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
+
+
+def save_png(image, path: str | Path, recipe: dict | None = None) -> None:
+    """Write a PIL image as PNG, with the recipe as a text chunk; a picture of `vary` has its own."""
+    from PIL.PngImagePlugin import PngInfo
+
+    from .images import RECIPE_KEY
+    info, recipe = PngInfo(), image.info.get(RECIPE_KEY) if recipe is None else recipe
+    if isinstance(recipe, dict):  # a text is that of the file which it was read from
+        info.add_itxt(RECIPE_KEY, json.dumps(recipe))  # ASCII: a path may hold bytes that are not UTF-8
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def try_write(path: str | Path) -> None:

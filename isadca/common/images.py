@@ -1,19 +1,17 @@
-"""Pictures in and out: PIL <-> tensors, the two resize rules, PNG metadata.
+"""Pictures: read, PIL <-> tensors, the two resize rules.
 
 Pixels are RGB. Tensors are (B,3,H,W): in [-1,1] for the VAE, normalised by CLIP's mean and std for the encoder.
 """
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from .files import atomic_write
 from .problem import Problem
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -31,6 +29,8 @@ def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old cameras' EXIF and the like
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():  # it would be waited for
+                raise OSError(0, "is a pipe or a device")
             with Image.open(path, formats=FORMATS) as file:
                 if (frames := getattr(file, "n_frames", 1)) > 1:
                     tell(f"{path} holds {frames} pictures; the first is used")
@@ -102,12 +102,3 @@ def clip_pixels(image: Image.Image, size: int) -> Tensor:
     x = torch.from_numpy(np.array(resized.crop((left, top, left + size, top + size)))).permute(2, 0, 1)[None]
     mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
     return (x.float() / 255 - mean) / std
-
-
-def save_png(image: Image.Image, path: str | Path, recipe: dict | None = None) -> None:
-    """Write a PNG whole or not at all, with `recipe`, or the one that `vary` gave the picture, as a text chunk."""
-    info, recipe = PngImagePlugin.PngInfo(), image.info.get(RECIPE_KEY) if recipe is None else recipe
-    if isinstance(recipe, dict):  # a text comes from the file that the picture was read from
-        info.add_itxt(RECIPE_KEY, json.dumps(recipe))  # ASCII: a path may hold bytes that are not UTF-8
-    with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)

@@ -1,5 +1,7 @@
 """What every other module may raise: an error that its reader can mend."""
 
+from collections.abc import Iterable
+
 LONGEST = 290  # characters; with "isadca: " before them, and a little room, 300
 
 
@@ -8,6 +10,28 @@ class Problem(ValueError):
 
     def __init__(self, text: str):
         super().__init__(one_line(text))
+
+
+def expect(name: str, value: object, kind, what: str) -> None:
+    """Raises Problem for an argument of another type."""
+    if not isinstance(value, kind):
+        text = repr(value)
+        raise Problem(f"{name} is {text if len(text) < 60 else f'of type {type(value).__name__}'}, expected {what}")
+
+
+def expect_all(name: str, values: Iterable, kind, what: str) -> None:
+    """The same for each of several."""
+    expect(name, values, Iterable, what)
+    for value in values:
+        expect(name, value, kind, what)
+
+
+def expect_names(given: Iterable[str], known: set[str]) -> None:
+    """Raises Problem for a keyword that is not known."""
+    for name in given:
+        if name not in known:
+            from .habits import unknown_option
+            raise unknown_option(name, known)
 
 
 def one_line(text: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.images import clip_pixels, to_tensor
 from ..common.problem import Problem
 from ..loading.checkpoints import load_into
-from ..loading.load import build, default_weights, find_part
+from ..loading.load import build, default_weights, find_part, tokenizer_of
 from ..networks.clip import CLIPText, CLIPVision
 from ..networks.tokenizer import Tokenizer
 from .metrics import CAPTION, clip_score, clip_similarity, load_metric, lpips, luma, sifid, ssim
@@ -63,8 +63,9 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> CLIPPai
         raise Problem(f"{text.path}: its texts and pictures are not embedded in one space; the metrics take a "
                       "whole CLIP, such as openai/clip-vit-large-patch14")
     text_net, vision_net = (load_into(build(part), part, torch.float32, device) for part in (text, vision))
-    words = folder if (folder / "vocab.json").is_file() else default_weights().parent / "tokenizer"
-    return CLIPPair(text_net, vision_net, Tokenizer.from_folder(words, text_net.config.max_tokens))
+    own = any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+    words = tokenizer_of(folder if own else default_weights().parent / "tokenizer", text_net.config)
+    return CLIPPair(text_net, vision_net, words)
 
 
 class Judge:

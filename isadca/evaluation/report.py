@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from ..common.files import save_text
-from ..common.images import load_image, save_png
+from ..common.files import save_png, save_text
+from ..common.images import load_image
 from ..common.sheets import contact_sheet
 from ..loading.load import default_weights
 from ..networks.model import Model

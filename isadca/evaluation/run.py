@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..common.files import save_text, sha256
-from ..common.images import fit, load_image, save_png
+from ..common.files import save_png, save_text, sha256
+from ..common.images import fit, load_image
 from ..common.problem import Problem
 from ..common.progress import Progress, silent
 from ..loading.load import default_weights, load

@@ -3,12 +3,13 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 
 from ..common.device import device_named, dtype_named, vae_dtype
-from ..common.problem import Problem
+from ..common.problem import Problem, expect
 from ..networks.clip import CLIPText, CLIPVision
 from ..networks.ip_adapter import IPAdapter, numbered
 from ..networks.model import Model
@@ -37,7 +38,8 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
     """
     place = device_named(device)
     precision = dtype_named(dtype, place)
-    weights = Path(weights) if weights else default_weights()
+    expect("weights", weights, (str, Path, NoneType), "a path")
+    weights = default_weights() if weights is None else Path(weights)
     parts = read_parts(locate(weights, ip_adapter, image_encoder, vae), precision)
     networks = {kind: load_into(build(part), part, vae_dtype(precision) if kind == "vae" else precision, place)
                 for kind, part in parts.items()}
@@ -190,7 +192,11 @@ def _check_fit(networks: dict, parts: dict[str, Part]) -> None:
 
 
 def load_tokenizer(weights: Path, config: CLIPTextConfig) -> Tokenizer:
-    folder = find_tokenizer(weights)
+    return tokenizer_of(find_tokenizer(weights), config)
+
+
+def tokenizer_of(folder: Path, config: CLIPTextConfig) -> Tokenizer:
+    """A folder's vocabulary. Raises Problem where the text encoder has another."""
     tokenizer = Tokenizer.from_folder(folder, config.max_tokens)
     if tokenizer.end_id != config.vocab_size - 1:
         raise Problem(f"{folder}: a vocabulary of {tokenizer.end_id + 1} tokens, the text encoder has "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention import KV, Attend, attend as plain_attend
 from ..common.images import clip_pixels
-from ..common.problem import Problem
+from ..common.problem import Problem, expect_all
 from ..ddim import Schedule
 from .clip import CLIPText, CLIPVision
 from .ip_adapter import IPAdapter
@@ -52,6 +52,7 @@ class Model:
     def check_size(self, size: int | tuple[int, int]) -> tuple[int, int]:
         """(width, height), if the networks can work at it; a number is both. Raises Problem."""
         width, height = size if isinstance(size, tuple) else (size, size)
+        expect_all("size", (width, height), int, "a side in pixels, or (width, height)")
         if any(not self.multiple <= side <= 4096 or side % self.multiple for side in (width, height)):
             raise Problem(f"size is {width}×{height}, expected multiples of {self.multiple} to 4096; try {self.size}")
         return width, height

@@ -23,6 +23,8 @@ class Tokenizer:
     def __init__(self, ids: dict[str, int], merges: list[tuple[str, str]], max_tokens: int):
         if len(merges) < len(ids) - 514:  # all but the 2 x 256 bytes and the 2 special tokens come from merges
             raise ValueError(f"{len(merges)} merges for {len(ids)} tokens")
+        if sorted(ids.values()) != list(range(len(ids))):  # an id beyond them has no row in the text encoder's table
+            raise ValueError(f"the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}")
         self._bpe = clip_bpe(ids, merges)
         self.start_id, self.end_id = ids[START], ids[END]
         self.max_tokens = max_tokens

@@ -19,7 +19,8 @@ from PIL import Image
 
 from isadca.app import commands, session
 from isadca.app.cli import main
-from isadca.common.images import load_image, save_png
+from isadca.common.files import save_png
+from isadca.common.images import load_image
 
 # --- pictures -------------------------------------------------------------------------------------------------------
 

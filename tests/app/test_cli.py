@@ -13,6 +13,7 @@ from isadca.app import commands, session
 from isadca.app.cli import main
 from isadca.app.recipe import read_recipe
 from isadca.app.saved_reference import load_reference
+from isadca.common.files import save_png
 from isadca.common.images import RECIPE_KEY
 from isadca.reference import Reference
 
@@ -72,7 +73,6 @@ def test_a_recipe_refuses_another_reference_or_other_weights(isadca_cli):
     code, _, err = isadca_cli("vary", "--recipe", "out.png", "-o", "again.png", "-q", steps=None)
     assert code == 2 and "is not the reference that out.png was made from" in err
     Image.open(CAT).save("mine.png")
-    from isadca.common.images import save_png
     recipe["weights_sha256"]["unet"] = "0" * 64
     save_png(Image.open("out.png"), "forged.png", recipe)
     code, _, err = isadca_cli("vary", "--recipe", "forged.png", "-o", "again.png", "-q", steps=None)

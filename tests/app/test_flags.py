@@ -7,7 +7,7 @@ from commandline import CAT, refused, vary
 
 from isadca.app import commands
 from isadca.app.cli import main
-from isadca.app.flags import HABITS, parser
+from isadca.app.flags import parser
 from isadca.common.problem import LONGEST, Problem
 
 DIGITS = "9" * 5000
@@ -47,10 +47,23 @@ def test_flags_that_make_no_sense(folder, capsys, flags):
     assert len(err) <= 300
 
 
-@pytest.mark.parametrize("flag", HABITS)
+ELSEWHERE = {  # what other tools call it
+    "--cfg": "--guidance", "--cfg-scale": "--guidance", "--guidance-scale": "--guidance",
+    "--num-inference-steps": "--steps", "--num_inference_steps": "--steps", "-s": "--steps",
+    "--negative-prompt": "--negative", "--num-images": "--n", "--num-images-per-prompt": "--n", "--batch-size": "--n",
+    "--lambda": "--lam", "--model": "--weights", "--strength": "--diversity", "--attend": "--method", "-W": "--width",
+    "--ip-adapter-scale": "--ip-scale", "--force": "--overwrite", "--output-dir": "--out", "--fp16": "--dtype"}
+
+
+@pytest.mark.parametrize("flag", ELSEWHERE)
 def test_flags_from_elsewhere(folder, capsys, flag):
-    refused(capsys, vary(flag, "7"), f"unrecognized arguments: {flag}", f"did you mean {HABITS[flag]}?",
+    refused(capsys, vary(flag, "7"), f"unrecognized arguments: {flag}", f"did you mean {ELSEWHERE[flag]}?",
             "see isadca vary --help")
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--image", "--lora", "--denoise", "--scheduler"])
+def test_flags_that_are_near_in_spelling_only(folder, capsys, flag):
+    assert "did you mean" not in refused(capsys, vary(flag, "7"), f"unrecognized arguments: {flag}")
 
 
 def test_a_flag_from_elsewhere_is_named_before_what_is_missing(folder, capsys):

@@ -20,7 +20,8 @@ from isadca.app import commands, inspect
 from isadca.app.cli import main
 from isadca.app.recipe import read_recipe
 from isadca.app.saved_reference import load_reference
-from isadca.common.images import RECIPE_KEY, load_image, save_png
+from isadca.common.files import save_png
+from isadca.common.images import RECIPE_KEY, load_image
 from isadca.common.problem import Problem
 from isadca.loading.layouts import PLAIN
 from isadca.loading.original import ORIGINAL

@@ -8,7 +8,8 @@ from PIL import Image
 from isadca.app import check
 from isadca.app.cli import main
 from isadca.app.recipe import read_recipe
-from isadca.common.images import load_image, save_png
+from isadca.common.files import save_png
+from isadca.common.images import load_image
 from isadca.loading import load as loading
 from isadca.networks.model import Model
 

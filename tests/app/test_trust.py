@@ -16,7 +16,7 @@ from PIL import Image
 from isadca.app import session
 from isadca.app.cli import main
 from isadca.app.recipe import read_recipe
-from isadca.common.images import save_png
+from isadca.common.files import save_png
 
 DIGITS = "9" * 5000
 LONG = "x" * 100_000

@@ -14,8 +14,8 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
 from isadca.app.recipe import read_recipe
-from isadca.common.files import atomic_write
-from isadca.common.images import RECIPE_KEY, load_image, save_png
+from isadca.common.files import atomic_write, save_png
+from isadca.common.images import RECIPE_KEY, load_image
 from isadca.common.problem import Problem
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)  # 9 wide, 6 high
