@@ -19,7 +19,8 @@ def device_named(name: str) -> torch.device:
 def dtype_named(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """auto: half precision on CUDA, float32 elsewhere (on most CPUs bfloat16 takes twice as long). Raises Problem."""
     auto = torch.float16 if device.type == "cuda" else torch.float32
-    names: dict = {"auto": auto, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+    names: dict = {"auto": auto, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+                   "fp64": torch.float64}
     if isinstance(name, torch.dtype) and name in names.values():
         return name
     if name not in names:
