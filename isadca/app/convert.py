@@ -155,7 +155,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check_plain(tensors: dict[str, Tensor], source: Path) -> None:
     """Raise Problem for what safetensors cannot hold, and for a small file that claims to be a large one."""
     if "__metadata__" in tensors:
-        raise Problem(f"{source}: a tensor is called __metadata__, which safetensors keeps for itself; rename it")
+        raise Problem(f"{source}: a tensor is named __metadata__, which safetensors keeps for itself; rename it")
     for key, tensor in tensors.items():
         plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_complex() or tensor.is_meta)
         if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():

@@ -253,6 +253,7 @@ ODD = {  # what torch.save writes and a dict of tensors is not
     "sparse": ({"w": torch.ones(2).to_sparse()}, "w is no plain tensor (float32, torch.sparse_coo)"),
     "quantised": ({"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "w is no plain tensor (qint8"),
     "one number a million times": ({"w": torch.ones(1).expand(10**12)}, "w is no plain tensor"),
+    "a name that safetensors keeps": ({"__metadata__": torch.ones(2)}, "a tensor is named __metadata__"),
     "itself": (ITSELF, "hold one another without end"),
     "shared 4^18 times": (SHARED, "hold one another without end"),
 }

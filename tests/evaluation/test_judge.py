@@ -1,6 +1,7 @@
 """The metrics as `isadca evaluate` runs them: with the demo's metric networks, and against transformers' CLIP."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -113,6 +114,20 @@ def test_a_clip_without_a_vocabulary_has_openais(tmp_path):
     save_file(tensors | {"logit_scale": torch.tensor(4.6)}, tmp_path / "model.safetensors")
     assert load_clip(tmp_path).tokenizer(["a cat"])[0, :4].tolist() == [49406, 320, 2368, 49407]
     assert np.isfinite(load_clip(tmp_path).vision(torch.zeros(1, 3, 64, 64))[0]).all()
+
+
+def test_a_clips_own_vocabulary_is_read_from_either_file_and_has_to_fit(tmp_path):
+    """tokenizer.json, too; a vocabulary that is larger than the text encoder's table is refused before it is read."""
+    folder = tmp_path / "clip"
+    shutil.copytree(DEMO / "metrics/clip", folder)
+    words = load_clip(folder).tokenizer
+    words._bpe.save(str(folder / "tokenizer.json"))
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    assert torch.equal(load_clip(folder).tokenizer(["a cat"]), words(["a cat"]))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(Problem, match="a vocabulary of 49408 tokens, the text encoder has 7"):
+        load_clip(folder)
 
 
 def whole_clip(text: str, vision: str, joint: int) -> dict:

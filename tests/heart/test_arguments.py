@@ -119,7 +119,7 @@ def test_the_image_prompt_sees_the_whole_picture(tmp_path):
     wide = Image.effect_noise((160, 64), 90).convert("RGB")
     wide.paste("red", (0, 0, 40, 64))
     refs = [invert(model, wide, 2, fit_by=how) for how in ("crop", "squash")]
-    isadca.save_reference(refs[0], tmp_path / "ref.safetensors", "x")
+    isadca.save_reference(refs[1], tmp_path / "ref.safetensors", "x")
     refs.append(isadca.load_reference(tmp_path / "ref.safetensors"))
     assert refs[0].image.tobytes() != refs[1].image.tobytes()
     run = Run("a lemon", Method(lam=0, init="random"))

@@ -4,6 +4,7 @@ Python byte-level BPE written here from the algorithm's definition (no library, 
 import gzip
 import hashlib
 import json
+import re
 import random
 import subprocess
 import sys
@@ -240,6 +241,8 @@ VOCAB, MERGES = [(FOLDERS["demo"] / name).read_text(encoding="utf-8") for name i
     (VOCAB, MERGES[: len(MERGES) // 2], "merges for 745 tokens"),
     (VOCAB, "", "0 merges"),
     (VOCAB, b"\xff\xfe\x00", "utf-8"),
+    (VOCAB.replace('"lemon</w>": ', '"lemon</w>": 1000'), MERGES, "the ids of its 745 tokens are not 0 to 744"),
+    (re.sub('"lemon</w>": [0-9]+', '"lemon</w>": 700', VOCAB), MERGES, "are not 0 to 744"),  # another token's
 ])
 def test_broken_files_are_one_line(tmp_path, vocab, merges, says):
     for name, text in (("vocab.json", vocab), ("merges.txt", merges)):
