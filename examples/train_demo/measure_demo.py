@@ -128,9 +128,10 @@ def adapter_rows(pool: Executor) -> str:
 
 
 def controlnet_row(pool: Executor) -> str:
-    found = drawn(pool, measures.measure_controlnet, 7.0)
-    return row(f"ControlNet Shuffle, {len(found)} pairs with \"a N\", guidance 7: the reference's colour, N",
-               shares(found), "80, 90 %")
+    m = best_guidance(pool, measures.measure_controlnet, (3.0, 5.0, 7.0))
+    found = drawn(pool, measures.measure_controlnet, m)
+    return row(f"ControlNet Shuffle, {len(found)} pairs with \"a N\", guidance {m:g} (of 3, 5, 7): the reference's "
+               "colour, N", shares(found), "80, 90 %")
 
 
 def variations_row(pool: Executor) -> str:
