@@ -59,15 +59,16 @@ TESTS = {  # in this order: what notices most, and what is quick, first
                          "networks/test_traps.py", "networks/test_once.py", "heart/test_rival.py"],
     "networks/vae.py": ["networks/test_vae.py", "networks/test_traps.py"],
     "networks/clip.py": ["networks/test_clip.py", "networks/test_traps.py"],
-    "evaluation/metrics.py": ["evaluation/test_metrics.py"],
+    "evaluation/metrics.py": ["evaluation/test_metrics.py", "common/test_images.py", "evaluation/test_judge.py"],
     "loading/layouts.py": ["loading/test_loading.py", "loading/test_checkpoints.py",
-                           "loading/test_published_variants.py"],
+                           "loading/test_published_variants.py", "examples/test_kandinsky_prior.py",
+                           "evaluation/test_judge.py"],
     "loading/original.py": ["loading/test_loading.py", "loading/test_checkpoints.py",
                             "loading/test_published_variants.py"],
     "loading/config_json.py": ["loading/test_config_json.py", "loading/test_published_variants.py",
                                "loading/test_bad_weights.py"],
     "loading/checkpoints.py": ["loading/test_checkpoints.py", "loading/test_loading.py", "loading/test_load.py",
-                               "loading/test_bad_weight_files.py"],
+                               "loading/test_bad_weight_files.py", "loading/test_published_variants.py"],
 }
 
 

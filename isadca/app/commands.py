@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 
-from ..common.files import save_png, save_text
+from ..common.files import PICTURES, save_png, save_text
 from ..common.images import FORMATS
 from ..common.problem import Problem
 from ..common.sheets import contact_sheet
@@ -114,9 +114,8 @@ def _pictures_in(folder: Path, out: Path) -> list[Path]:
     """Pictures and saved references, but no hidden files and no weights."""
     if out.is_dir() and out.samefile(folder):
         raise Problem(f"{out}: is the folder of the references; choose another -o")
-    kinds = {f".{kind.lower()}" for kind in FORMATS} | {".jpg", ".tif"}
     found = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")
-             and (path.suffix.lower() in kinds or path.suffix == ".safetensors" and is_reference(path, damaged=True))]
+             and (path.suffix.lower() in PICTURES or path.suffix == ".safetensors" and is_reference(path, True))]
     if not found:
         raise Problem(f"{folder}: no pictures in it, expected {', '.join(FORMATS)}")
     return found

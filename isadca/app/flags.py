@@ -70,7 +70,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 def parse_size(text: str) -> tuple[int, int]:
     """"512" or "512x768" -> (width, height)."""
-    found = re.fullmatch(r"([0-9]{1,9})(?:[xX×,]([0-9]{1,9}))?", text)
+    found = re.fullmatch(r"(\d{1,9})(?:[x,](\d{1,9}))?", text, re.ASCII)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r}, expected such as 512 or 512x768")
     return int(found[1]), int(found[2] or found[1])
@@ -102,8 +102,8 @@ def _vary(commands) -> None:
     add("--grid", type=Path, metavar="SHEET.png", help="with --n: also a contact sheet")
     add("--preview", type=Path, metavar="PNG", help="write the picture so far here, every five steps")
     add("--recipe", metavar="PNG", help="a PNG of isadca vary: make it again; other flags change it")
-    add("--overwrite", action="store_true", help="in a folder: replace pictures that have another recipe")
-    add("--log", type=Path, metavar="FILE", help="append a line of JSON for each finished picture")
+    add("--overwrite", action="store_true", help="in a folder: replace isadca's pictures of another recipe")
+    add("--log", type=Path, metavar="FILE.jsonl", help="append a line of JSON for each finished picture")
 
 
 def _sweep(commands) -> None:

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from textwrap import fill
 
-from ..common.images import FORMATS
+from ..common.files import PICTURES
 from ..common.problem import Problem
 from ..loading.layouts import PREFIXES, Part
 from ..methods import PRESETS
@@ -26,7 +26,6 @@ OTHERS = [("ControlNet", "diffusers", "controlnet_cond_embedding.conv_in.weight"
           ("VGG16, for LPIPS", "torchvision", "features.17.weight"),
           ("Inception-v3, for SIFID", "torchvision", "Conv2d_1a_3x3.conv.weight"),
           ("the heads of LPIPS", "lpips", "lin0.model.1.weight")]
-PICTURES = {f".{kind.lower()}" for kind in FORMATS} | {".jpg", ".tif"}
 WEIGHTS = (".safetensors", ".json", ".ckpt", ".pt", ".pth", ".bin")
 RECIPE = ("reference_sha256", "device", "dtype", "threads", "versions", "weights_sha256")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from .problem import Problem
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of images.FORMATS
+
 
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()

@@ -3,8 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-from .problem import Problem
-
 HABITS = {"cfg": "guidance", "cfg-scale": "guidance", "guidance-scale": "guidance", "num-inference-steps": "steps",
           "s": "steps", "negative-prompt": "negative", "num-images": "n", "num-images-per-prompt": "n",
           "n-samples": "n", "batch-size": "n", "batch-count": "n", "n": "seeds", "seed": "seeds", "lambda": "lam",
@@ -21,9 +19,3 @@ def meant(name: str, known: Iterable[str]) -> str | None:
         return known[habit]
     near = [] if name in NOT_HERE else difflib.get_close_matches(name, known, 1, 0.7)
     return known[near[0]] if near else None
-
-
-def unknown_option(name: str, known: Iterable[str]) -> Problem:
-    """What `vary` says of a keyword that it does not know."""
-    near = meant(name, known)
-    return Problem(f"{name} is no option of vary" + (f"; did you mean {near}?" if near else "; see help(isadca.vary)"))

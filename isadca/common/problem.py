@@ -30,8 +30,9 @@ def expect_names(given: Iterable[str], known: set[str]) -> None:
     """Raises Problem for a keyword that is not known."""
     for name in given:
         if name not in known:
-            from .habits import unknown_option
-            raise unknown_option(name, known)
+            from .habits import meant
+            near = meant(name, known)
+            raise Problem(f"{name} is no option" + (f"; did you mean {near}?" if near else ""))
 
 
 def one_line(text: str) -> str:

@@ -91,7 +91,7 @@ def test_what_vary_returns_is_saved_with_its_run(tmp_path, capsys, tiny, tiny_re
     runs = [eval(each["command"], vars(isadca.methods)) for each in told]
     assert [(run.prompt, run.seeds) for run in runs] == [
         ("a lemon", (3,)), ("a lemon", (4,)), ("a pig", (3,)), ("a pig", (4,))]
-    assert runs[0].method == replace(isadca.PRESETS["rival"], lam=0.5)
+    assert runs[0].method == replace(isadca.PRESETS["rival"], lam=0.5, steps=6)
     isadca.save_png(isadca.load_image(tmp_path / "0.png"), tmp_path / "again.png")
     assert main(["inspect", str(tmp_path / "again.png")]) == 2
 
