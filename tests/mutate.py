@@ -4,7 +4,7 @@
     python tests/mutate.py attention.py          one of them
     python tests/mutate.py --changed             the lines that differ from the last commit
     python tests/mutate.py --changed origin/main the lines that differ from there
-    python tests/mutate.py --survivors           only what survived once more: for when tests were added, none changed
+    python tests/mutate.py --survivors           survivors that are not explained, once more, after tests were added
     python tests/mutate.py --table               what is known, without running anything
     python tests/mutate.py ddim.py --list        its mutants, without running anything
 
@@ -114,11 +114,13 @@ class Known:
         same_code, same_tests = head.get("code") == self.code, head.get("tests") == self.tests
         self.reach = head["reach"] if same_code and same_tests else None
         self.verdicts = rows if self.reach is not None else {}
-        self.noticed_before = {number: row for number, row in rows.items() if same_code and row["noticed"]}
+        self.before = rows if same_code else {}
 
-    def keep_noticed(self) -> None:
-        """What fewer tests noticed stays noticed; survivors are forgotten."""
-        self.verdicts = self.noticed_before
+    def keep_settled(self) -> None:
+        """What fewer tests noticed stays noticed, what is explained a survivor; the others are forgotten."""
+        excuses, mutants = accepted(), {mutant.number: mutant for mutant in self.mutants}
+        self.verdicts = {number: row for number, row in self.before.items()
+                         if row["noticed"] or self.row(mutants[number]) in excuses}
         self.write()
 
     def measure(self, work: Path) -> None:
@@ -243,7 +245,7 @@ def main() -> None:
     files = args.files or [file for file in TESTS if lines is None or file in lines]
     known = [Known(file) for file in files]
     for one in known if args.survivors else ():
-        one.keep_noticed()
+        one.keep_settled()
     chosen = [(one, mutant) for one in known for mutant in one.mutants
               if lines is None or mutant.line in lines.get(one.file, ())]
     if args.list:

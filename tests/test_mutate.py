@@ -70,18 +70,19 @@ def test_verdicts_hold_for_the_code_and_tests_that_they_were_found_with(mutate, 
     known = mutate.Known("ddim.py")
     known.reach = {}
     known.write()
-    for mutant, noticed in zip(known.mutants, [True, False]):
+    for mutant, noticed in zip(known.mutants, [True, False, False]):
         known.add(mutant, noticed, 0.0)
-    assert list(mutate.Known("ddim.py").verdicts) == [0, 1]
+    assert list(mutate.Known("ddim.py").verdicts) == [0, 1, 2]
     monkeypatch.setitem(mutate.TESTS, "ddim.py", ["heart/test_ddim.py"])   # other tests
+    monkeypatch.setattr(mutate, "accepted", lambda: {known.row(known.mutants[2]): "a reason"})
     known = mutate.Known("ddim.py")
     assert known.verdicts == {} and known.reach is None
-    known.keep_noticed()
-    assert list(known.verdicts) == [0]
-    known.source, known.code = "", "other code"
+    known.keep_settled()
+    assert list(known.verdicts) == [0, 2]
+    known.code = "other code"
     known.write()
     known = mutate.Known("ddim.py")
-    known.keep_noticed()
+    known.keep_settled()
     assert known.verdicts == {}
 
 

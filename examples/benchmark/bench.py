@@ -17,7 +17,7 @@ import isadca
 from isadca.common.images import to_tensor
 
 REF = Path(__file__).resolve().parents[1] / "cat.png"
-GOALS = {"UNet, one forward, batch 1": "0.8 (demo), 0.95 (sd15)", "load": "0.5", "cold job": "0.5",
+GOALS = {"UNet, one forward, batch 1": "0.8 (demo), 0.95 (sd15)", "load": "0.4 (demo), 0.5 (sd15)", "cold job": "0.5",
          "job, N = 1, attention mix": "0.75", "N = 16, attention mix": "0.55", "N = 16, noise mix": "1.0",
          "λ and DCA over ISA alone, a step, attention": "1.0263", "peak memory, load": "1.0", "peak memory, job": "1.0"}
 

@@ -28,11 +28,10 @@ def expect_all(name: str, values: Iterable, kind, what: str) -> None:
 
 def expect_names(given: Iterable[str], known: set[str]) -> None:
     """Raises Problem for a keyword that is not known."""
-    for name in given:
-        if name not in known:
-            from .habits import meant
-            near = meant(name, known)
-            raise Problem(f"{name} is no option" + (f"; did you mean {near}?" if near else ""))
+    if unknown := [name for name in given if name not in known]:
+        from .habits import meant
+        near = meant(unknown[0], known)
+        raise Problem(f"{unknown[0]} is no option" + (f"; did you mean {near}?" if near else ""))
 
 
 def one_line(text: str) -> str:

@@ -1,6 +1,6 @@
 """Readers of files from elsewhere, under random damage: a result or a Problem of one line, never anything else.
 
-Longer: HYPOTHESIS_EXAMPLES=20000 pytest tests/test_fuzz.py
+Longer: HYPOTHESIS_EXAMPLES=20000 pytest tests/app/test_fuzz.py
 """
 
 import io
