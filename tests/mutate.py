@@ -10,7 +10,7 @@
 
 Each mutant runs in a process forked from this one, which has torch and the oracles loaded. A first run of a file's
 tests, on the code as it is, sees which lines each test reaches and how long it takes; a mutant then meets the tests
-that reach its line, the quickest first, and the others that reach its file only if those notice nothing.
+that reach its line, the quickest first.
 
 Verdicts are kept in tests/.mutants until the file or one of its tests changes, so that an interrupted run goes on where
 it was. Survivors are printed with their line; those in tests/mutants_accepted.txt (file, line, mutant, reason) are
@@ -44,9 +44,9 @@ CACHE = HERE / ".mutants"
 TESTS = {  # in this order: what notices most, and what is quick, first
     "attention.py": ["heart/test_attention.py", "heart/test_attention_identities.py", "heart/test_loop.py"],
     "ddim.py": ["heart/test_ddim.py", "heart/test_loop.py", "heart/test_reference.py"],
-    "methods.py": ["heart/test_arguments.py", "heart/test_loop.py", "heart/test_rival.py", "heart/test_own_ideas.py"],
-    "reference.py": ["heart/test_reference.py", "heart/test_rival.py", "heart/test_batches.py",
-                     "heart/test_own_ideas.py", "heart/test_finite.py", "heart/test_arguments.py"],
+    "methods.py": ["heart/test_arguments.py", "heart/test_rival.py", "heart/test_own_ideas.py", "heart/test_loop.py"],
+    "reference.py": ["heart/test_arguments.py", "heart/test_reference.py", "heart/test_rival.py",
+                     "heart/test_batches.py", "heart/test_own_ideas.py", "heart/test_finite.py"],
     "loop.py": ["heart/test_loop.py", "heart/test_arguments.py", "heart/test_batches.py", "heart/test_rival.py",
                 "heart/test_own_ideas.py", "heart/test_finite.py"],
     "common/masks.py": ["heart/test_own_ideas.py"],
@@ -66,7 +66,7 @@ TESTS = {  # in this order: what notices most, and what is quick, first
     "loading/original.py": ["loading/test_loading.py", "loading/test_checkpoints.py",
                             "loading/test_published_variants.py"],
     "loading/config_json.py": ["loading/test_config_json.py", "loading/test_published_variants.py",
-                               "loading/test_bad_weights.py"],
+                               "loading/test_bad_weights.py", "evaluation/test_judge.py"],
     "loading/checkpoints.py": ["loading/test_checkpoints.py", "loading/test_loading.py", "loading/test_load.py",
                                "loading/test_bad_weight_files.py", "loading/test_published_variants.py"],
 }
@@ -75,16 +75,15 @@ TESTS = {  # in this order: what notices most, and what is quick, first
 # ---- one mutant ---------------------------------------------------------------------------------------------------
 
 def notices(folder: Path, file: str, mutant: Mutant, reach: dict) -> int:
-    """Run on the mutant the tests that reach its line, then the others that reach its file. 1 if one fails."""
+    """Run on the mutant the tests that reach its line or, where none is seen to, its file. 1 if one fails."""
     signal.alarm(SECONDS)
     sys.meta_path.insert(0, Mutated(file, mutant.number))
-    first = [test for test, (_, lines) in reach.items() if reaches(mutant, lines)]
-    others = [test for test, (_, lines) in reach.items() if lines and test not in first]
-    for tests in (first or others, others if first else []):
-        for path in TESTS[file]:
-            some = sorted((test for test in tests if test.startswith(f"tests/{path}::")), key=lambda t: reach[t][0])
-            if some and not run_pytest(folder, [path], Only(some)):
-                return 1
+    tests = [test for test, (_, lines) in reach.items() if reaches(mutant, lines)] or \
+        [test for test, (_, lines) in reach.items() if lines]
+    for path in TESTS[file]:
+        some = sorted((test for test in tests if test.startswith(f"tests/{path}::")), key=lambda t: reach[t][0])
+        if some and not run_pytest(folder, [path], Only(some)):
+            return 1
     return 0
 
 

@@ -43,6 +43,13 @@ def test_ssim_equals_scikit_image(size):
     np.testing.assert_allclose(metrics.ssim(metrics.luma(a), metrics.luma(b)).numpy(), grey, rtol=1e-6)
 
 
+def test_ssim_of_dark_and_nearly_flat_pictures_is_scikit_images():
+    """Where its two constants decide."""
+    a, b = (-0.99 + 0.01 * pictures(2, seed=seed) for seed in (0, 1))
+    expected = [np.mean([skimage_ssim(x, y) for x, y in zip(p, q)]) for p, q in zip(a, b)]
+    np.testing.assert_allclose(metrics.ssim(a, b).numpy(), expected, rtol=1e-6)
+
+
 def test_luma_is_pillows():
     picture = isadca.load_image(ROOT / "examples" / "cat.png")
     ours = (metrics.luma(to_tensor(picture))[0, 0] + 1) * 127.5

@@ -7,7 +7,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from hypothesis import given, settings, strategies as st
 
 from isadca.common.problem import Problem
-from isadca.ddim import Schedule, ScheduleConfig, Step, add_noise, inverse_step, predict_x0, step
+from isadca.ddim import Schedule, ScheduleConfig, Step, adain, add_noise, inverse_step, predict_x0, step
 
 COUNTS = [1, 2, 7, 30, 33, 50, 333, 999]  # among them counts that do not divide 1000, where strides are cut short
 CONFIGS = [ScheduleConfig(), ScheduleConfig(alpha_to_one=True), ScheduleConfig(beta_schedule="linear"),
@@ -184,3 +184,13 @@ def test_step_is_the_textbook_map(a, b, seed):
 def test_a_step_to_level_one_is_predict_x0():
     z, eps = draw(0, 2)
     assert torch.equal(step(z, eps, 0.3, 1.0), predict_x0(z, eps, 0.3))
+
+
+def test_adain_adds_a_hundred_thousandth_to_the_variance():
+    """So that a flat channel becomes the reference's mean, and none is divided by zero."""
+    ref = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    flat = adain(torch.full((2, 4, 8, 8), 3.0, dtype=torch.float64), ref)
+    torch.testing.assert_close(flat, ref.mean((2, 3), keepdim=True).expand(2, 4, 8, 8))
+    checkered = torch.ones(1, 4, 8, 8, dtype=torch.float64).cumsum(3) % 2 * 2e-4  # its variance is 1e-8 · 64 / 63
+    shrunk = (adain(checkered, ref) - ref.mean((2, 3), keepdim=True)) / ref.std((2, 3), keepdim=True)
+    torch.testing.assert_close(shrunk, (checkered - 1e-4) / (1e-5 + 1e-8 * 64 / 63) ** 0.5, rtol=1e-4, atol=0)

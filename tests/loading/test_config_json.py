@@ -157,6 +157,7 @@ def test_config_that_is_not_utf8(tmp_path):
     (UNetConfig, {"attention_head_dim": [5, 10, 20, 20]}), (UNetConfig, {"attention_head_dim": 0}),
     (UNetConfig, {"attention_head_dim": 7}), (UNetConfig, {"norm_num_groups": 0}),
     (UNetConfig, {"norm_num_groups": 24}), (UNetConfig, {"block_out_channels": 320}),
+    (UNetConfig, {"block_out_channels": [320] * 9}),  # refused before it is built
     (UNetConfig, {"block_out_channels": []}), (UNetConfig, {"beta_start": 0.1, "attention_head_dim": -8}),
     (UNetConfig, {"block_out_channels": [320, 640, "1280", 1280]}), (UNetConfig, {"block_out_channels": [320] * 3}),
     (UNetConfig, {"block_out_channels": [320, 640, 1280, -1280]}), (UNetConfig, {"sample_size": None}),
@@ -169,6 +170,15 @@ def test_config_that_is_not_utf8(tmp_path):
     (ScheduleConfig, {"beta_start": -0.1}), (ScheduleConfig, {"steps_offset": 0.0})])
 def test_wrong_type_or_size(tmp_path, cls, change):
     told(lambda: read(cls, tmp_path, SD15[cls] | change), tmp_path / "config.json", "copy it again")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("attention_head_dim", 8), ("layers_per_block", 2), ("cross_attention_dim", 768), ("only_cross_attention", False),
+    ("transformer_layers_per_block", 1)])
+def test_a_list_of_equal_values_is_that_value(tmp_path, key, value):
+    """Where a value may be given for each level."""
+    plain, listed = (read(UNetConfig, tmp_path, SD15[UNetConfig] | {key: given}) for given in (value, [value] * 4))
+    assert plain == listed == UNetConfig()
 
 
 def test_steps_offset_zero_is_one_as_in_their_pipeline(tmp_path):
