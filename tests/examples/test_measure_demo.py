@@ -37,7 +37,8 @@ def short(monkeypatch):
 
 
 @pytest.mark.parametrize("name, rows", [
-    ("text", 1), ("controlnet", 1), ("variations", 1), pytest.param("adapter", 2, marks=pytest.mark.slow)])
+    ("text", 1), *(pytest.param(name, rows, marks=pytest.mark.slow)
+                   for name, rows in (("controlnet", 1), ("variations", 1), ("adapter", 2)))])
 def test_a_row_of_drawn_pictures(short, name, rows):
     text = measure_demo.ROWS[name](HERE)
     assert text.count("\n") == rows - 1 and all(line.count("|") == 4 and " % (" in line for line in text.splitlines())
