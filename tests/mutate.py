@@ -63,12 +63,13 @@ TESTS = {  # in this order: what notices most, and what is quick, first
     "loading/layouts.py": ["loading/test_loading.py", "loading/test_checkpoints.py",
                            "loading/test_published_variants.py", "examples/test_kandinsky_prior.py",
                            "evaluation/test_judge.py"],
-    "loading/original.py": ["loading/test_loading.py", "loading/test_checkpoints.py",
+    "loading/original.py": ["loading/test_predictions.py", "loading/test_loading.py", "loading/test_checkpoints.py",
                             "loading/test_published_variants.py"],
     "loading/config_json.py": ["loading/test_config_json.py", "loading/test_published_variants.py",
                                "loading/test_bad_weights.py", "evaluation/test_judge.py"],
     "loading/checkpoints.py": ["loading/test_checkpoints.py", "loading/test_loading.py", "loading/test_load.py",
-                               "loading/test_bad_weight_files.py", "loading/test_published_variants.py"],
+                               "loading/test_bad_weight_files.py", "loading/test_published_variants.py",
+                               "loading/test_predictions.py"],
 }
 
 

@@ -122,6 +122,7 @@ def test_psnr_equals_the_definition():
     grey = [Image.new("RGB", (4, 4), (v, v, v)) for v in (0, 5, 255)]
     assert psnr(grey[0], grey[1]) == pytest.approx(20 * np.log10(51)) and psnr(grey[1], grey[1]) == float("inf")
     assert psnr(grey[0], grey[2]) == psnr(grey[2], grey[0]) == 0, "8-bit differences must not wrap around"
+    assert psnr(Image.new("L", (4, 4), 7), Image.new("L", (4, 4), 8)) == pytest.approx(20 * np.log10(255))
 
 
 # --- the contact sheet
