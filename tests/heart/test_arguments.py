@@ -93,10 +93,14 @@ def test_a_second_reference_of_other_steps_is_refused(tiny, tiny_ref):
             sample(tiny, first, [Run("a lemon")], also=[second])
 
 
+def test_a_second_reference_is_not_read_where_no_method_wants_it(tiny, tiny_ref):
+    sample(tiny, tiny_ref, [Run("a lemon", Method(k=500))], also=[tiny_ref])
+
+
 def test_a_replay_that_is_longer_is_refused_whatever_it_is(tiny, tiny_ref):
     short = invert(tiny, tiny_ref.image, 3)
-    for replayed in (replay(tiny, tiny_ref), list(replay(tiny, tiny_ref))):
-        with pytest.raises(Problem, match="replayed has . steps, the reference has 3"):
+    for replayed, seen in ((replay(tiny, tiny_ref), 4), (list(replay(tiny, tiny_ref)), 6)):  # the first is stopped
+        with pytest.raises(Problem, match=f"replayed has {seen} steps, the reference has 3"):
             sample(tiny, short, [Run("a lemon")], replayed=replayed)
 
 

@@ -26,6 +26,7 @@ from isadca.common.images import to_images, to_tensor
 from isadca.ddim import step
 from isadca.evaluation.metrics import psnr
 from isadca.networks.unet import UNet
+from isadca.reference import initial_latents
 
 EXACT = dict(rtol=0, atol=1e-12)
 
@@ -44,7 +45,7 @@ def test_each_link_of_the_chain_is_undone_by_its_own_noise(tiny, tiny_ref):
         torch.testing.assert_close(down, tiny_ref.chain[i : i + 1], **EXACT)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 4, 6, 50])
+@pytest.mark.parametrize("at_once", [0, 1, 2, 4, 6, 50])
 def test_replay_is_the_same_in_chunks_of_any_size(tiny, tiny_ref, at_once):
     live, chunked = list(replay(tiny, tiny_ref, at_once=1)), list(replay(tiny, tiny_ref, at_once=at_once))
     assert len(live) == len(chunked) == 6
@@ -62,6 +63,19 @@ def test_replay_evaluates_each_level_with_its_own_label(tiny, tiny_ref):
     context = tiny.context([""])
     for i, ((t, _), seen) in enumerate(zip(tiny.schedule.steps(6), replay(tiny, tiny_ref))):
         torch.testing.assert_close(seen.eps, tiny.noise(tiny_ref.chain[6 - i : 7 - i], t, context), **EXACT)
+
+
+def test_a_row_for_each_guidance_half_is_prompted_like_it(tiny, tiny_ref):
+    """The first with nothing, the second as the picture was inverted; a single row is the second."""
+    ref, t = replace(tiny_ref, prompt="a cat"), tiny.schedule.steps(6)[0].t
+    name = tiny.unet.sites[-2].name                                    # what it has read of the prompt, shows
+    [both], [one] = (list(replay(tiny, ref, lambda at: at == t, rows=rows))[:1] for rows in (2, 1))
+    for row, prompt in enumerate(["", "a cat"]):
+        own = {}
+        eps = tiny.noise(ref.chain[6:], t, tiny.context([prompt]), capture(own))
+        torch.testing.assert_close(both.kv[name][0][row : row + 1], own[name][0], **EXACT)
+    torch.testing.assert_close(one.kv[name][0], own[name][0], **EXACT)
+    torch.testing.assert_close(both.eps, eps, **EXACT)
 
 
 def test_only_wanted_steps_are_replayed(tiny, tiny_ref):
@@ -131,6 +145,13 @@ def test_every_kth_step_has_the_levels_of_the_longer_strides(tiny_ref):
 
 def test_a_reference_made_by_hand_has_no_prompt(tiny_ref):
     assert Reference(tiny_ref.image, tiny_ref.chain).prompt == ""
+
+
+def test_a_gaussian_start_is_the_seeds_noise_with_the_references_moments(tiny_ref):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    z = tiny_ref.chain[-1:]
+    expected = z.mean((2, 3), keepdim=True) + z.std((2, 3), keepdim=True) * noise
+    torch.testing.assert_close(initial_latents(tiny_ref, Method(init="gaussian"), (5,)), expected, **EXACT)
 
 
 def test_save_and_load(tiny, tiny_ref, tmp_path):
