@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig as TheirText, CLIPVisionConfig as TheirV
 
 from isadca.common.problem import Problem
 from isadca.ddim import Schedule, ScheduleConfig
-from isadca.loading.config_json import read_config
+from isadca.loading.config_json import read_config, read_schedule
 from isadca.networks.clip import CLIPText, CLIPVision
 from isadca.networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from isadca.networks.unet import UNet
@@ -179,6 +179,25 @@ def test_a_list_of_equal_values_is_that_value(tmp_path, key, value):
     """Where a value may be given for each level."""
     plain, listed = (read(UNetConfig, tmp_path, SD15[UNetConfig] | {key: given}) for given in (value, [value] * 4))
     assert plain == listed == UNetConfig()
+
+
+def test_a_whole_clip_without_a_width_of_its_joint_space_has_the_librarys(tmp_path):
+    assert read(CLIPVisionConfig, tmp_path, {"text_config": {}, "vision_config": {}}).projection_dim == 512
+
+
+def test_levels_are_counted_before_they_are_built(tmp_path):
+    """One is enough; more than any model has are refused, though their block types would fit."""
+    assert read(VAEConfig, tmp_path, {"block_out_channels": [64]}).channels == (64,)
+    nine = {"block_out_channels": [320] * 9, "down_block_types": ["CrossAttnDownBlock2D"] * 9,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 9}
+    told(lambda: read(UNetConfig, tmp_path, nine), tmp_path / "config.json", "channels is", "expected a tuple")
+
+
+def test_a_schedule_that_ends_in_pure_noise_is_refused(tmp_path):
+    """At its last level nothing of the picture would be left to divide by."""
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"beta_end": 1.0}))
+    path = tmp_path / "scheduler_config.json"
+    told(lambda: read_schedule(path), path, "make no falling noise levels", "copy it again")
 
 
 def test_steps_offset_zero_is_one_as_in_their_pipeline(tmp_path):
