@@ -113,7 +113,7 @@ class Known:
         head, rows = json.loads(lines[0]), {row["number"]: row for row in map(json.loads, lines[1:])}
         same_code, same_tests = head.get("code") == self.code, head.get("tests") == self.tests
         self.reach = head["reach"] if same_code and same_tests else None
-        self.verdicts = rows if self.reach is not None else {}
+        self.verdicts = rows if same_code and same_tests else {}
         self.before = rows if same_code else {}
 
     def keep_settled(self) -> None:
