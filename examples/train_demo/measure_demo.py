@@ -118,10 +118,10 @@ def text_row(pool: Executor) -> str:
 
 def adapter_rows(pool: Executor) -> str:
     """The IP-Adapter, and what reaches it through the prior, at the same guidance."""
-    a = best_guidance(pool, measures.measure_adapter, (1.5, 3.0, 5.0))
+    a = best_guidance(pool, measures.measure_adapter, (1.5, 3.0, 5.0, 7.0))
     found, told = (drawn(pool, task, a) for task in (measures.measure_adapter, measures.measure_prior))
     return "\n".join([
-        row(f"IP-Adapter, empty prompt, {len(found)} pictures, guidance {a:g} (of 1.5, 3, 5): noun, colour, pattern",
+        row(f"IP-Adapter, empty prompt, {len(found)} pictures, guidance {a:g} (of 1.5, 3, 5, 7): noun, colour, pattern",
             shares(found), "90, 98, 80 %"),
         row(f"prior, then the IP-Adapter, empty prompt, {len(told)} prompts \"a N\", guidance {a:g}: N",
             shares(told), "85 %")])
