@@ -136,7 +136,7 @@ def _missing(session: Session, ref: str, method: Method, outs: Outs) -> Outs:
     for prompt, paths in outs.items():
         args.prompt = prompt
         left[prompt] = {seed: path for seed, path in paths.items()
-                             if not _there(path, _recipe(session, picture, method, seed), args.overwrite)}
+                        if not _there(path, _recipe(session, picture, method, seed), args.overwrite)}
     return {prompt: paths for prompt, paths in left.items() if paths}
 
 

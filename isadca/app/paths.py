@@ -68,7 +68,7 @@ def writable(path: Path, suffix: str | tuple[str, ...], args: Namespace, flag: s
 
 @contextmanager
 def made_folder(path: Path) -> Iterator[None]:
-    """A folder for outputs; a new one is taken away again where the checks inside the block raise a Problem."""
+    """A folder for outputs. A new one is taken away again, not its parents, where the block raises a Problem."""
     new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What every other module may raise: an error that its reader can mend."""
+"""What every other module may raise: an error that its reader can mend; and arguments that are looked at first."""
 
 from collections.abc import Iterable
 
