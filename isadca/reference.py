@@ -141,8 +141,8 @@ def replay_all(model: Model, refs: Sequence[Reference], methods: Sequence[Method
     what the methods read.
     """
     T, steps = model.schedule.config.train_steps, refs[0].steps
-    if other := next((ref.steps for ref in refs if ref.steps != steps), None):
-        raise Problem(f"a second reference has {other} steps, the first has {steps}; invert both with the same")
+    if other := next((ref for ref in refs if ref.chain.shape != refs[0].chain.shape), None):
+        raise Problem(f"a second reference is {other!r}, the first {refs[0]!r}; invert both with equal steps and size")
     wanted = lambda t: any(method.wants_reference(t, T) for method in methods)
     rows, maps = max(method.ref_rows for method in methods), any(method.ref_maps for method in methods)
     kept = [iter(replayed)] if replayed is not None else \

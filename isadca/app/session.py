@@ -5,14 +5,15 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..common.files import save_png, sha256
 from ..common.images import fit, load_image
 from ..common.problem import Problem
+from ..loading.known_encoders import guess
 from ..loading.load import default_weights, find_tokenizer, load
 from ..ddim import predict_x0
 from ..loop import Noise, Run, decode, sample
@@ -30,42 +31,42 @@ DIVERSITY_OF_MANY = 0.3  # where every seed would give the same picture
 
 
 class Picture:
-    """A reference's file, read and hashed once, so that the recipe names what was used. A saved one has no image."""
+    """A picture's file, read and hashed once, so that the recipe names what was used. A saved reference is not read."""
 
-    def __init__(self, path: str, read: bool = True):
+    def __init__(self, path: str, read: bool | None = None):
         self.path = Path(path)
-        read = read and self.path.suffix != ".safetensors"
+        read = self.path.suffix != ".safetensors" if read is None else read
         self.sha256 = sha256(self.path) if self.path.is_file() else ""
-        self.image: Image.Image | None = load_image(self.path, note) if read else None
+        self.image: Any = load_image(self.path, note) if read else None  # an Image.Image
         if read and sha256(self.path) != self.sha256:
             raise Problem(f"{path}: changed while it was read; run it again")
 
 
 class Session:
-    """A loaded model, as the flags ask for it, and the reference that was opened last.
-
-    Without a method that reads the image prompt, neither the adapter nor its encoder is loaded.
-    """
+    """A loaded model, as the flags ask for it, and the reference that was opened last."""
 
     def __init__(self, args: Namespace, methods: Sequence[Method] = (), refs: int = 1, samplings: int = 0):
         self.args, self.job = args, Job(args, methods, refs, samplings)
         self.steps = methods[0].steps if methods else Method.steps
-        self.beside = {name: load_image(path, note) for name in ("mask", "keep", "also")
+        self.beside = {name: Picture(path, read=True) for name in ("mask", "keep", "also")
                        if (path := getattr(args, name, None))}  # before the model, so that a bad one is named at once
+        # who reads no image prompt needs neither the adapter nor its encoder
         wants_image = any(method.wants_image for method in methods)
         self.model = load(args.weights, args.ip_adapter if wants_image else "none", args.image_encoder, args.vae,
                           args.device, args.dtype, args.compile)
         if wants_image and self.model.ip_adapter is None:
             note("no IP-Adapter: the DCA branch sees the text alone")
+        if self.model.vision and (told := guess(self.model.files["vision"], self.model.vision.config.width)):
+            note(told)
+        self.fit = "crop" if args.fit in (None, "keep") else args.fit  # what has to be another shape than its own
         self.also: Reference | None = None  # of --also, inverted once
         self.weights = weights = Path(args.weights or default_weights())
-        self._read = {f"--{name}": sha256(Path(path)) for name in ("mask", "keep", "also")
-                      if (path := getattr(args, name, None)) and Path(path).is_file()}
         self._hashes = recipes.hash_files(recipes.inputs_of(self.model.files, weights, find_tokenizer(weights)))
 
     @property
     def hashes(self) -> dict[str, str]:
-        return self._hashes.result() | self._read | getattr(self.args, "own_code", {})
+        hashes = self._hashes.result() | getattr(self.args, "own_code", {})
+        return hashes | {f"--{name}": picture.sha256 for name, picture in self.beside.items()}
 
     def open(self, picture: Picture) -> None:
         """Invert the picture, or take the saved inversion. Raises Problem where a recipe says it is another."""
@@ -81,19 +82,19 @@ class Session:
             self.job.to_come["inverting"] -= 1
             self.job.begin(self.model, self.weights, self.ref.image.size, self.ref.steps)
         else:
-            size = size_of(args, (self.model.size, self.model.size))
-            self.ref = self._invert(picture.image, self.steps if args.steps is None else args.steps, size)
+            size = width, height = self.model.check_size(size_of(args, (self.model.size, self.model.size)))
+            if args.fit == "keep":
+                size = own_shape(picture.image.size, width * height, self.model.multiple)
+            self.ref = self._invert(picture, self.steps if args.steps is None else args.steps, size)
 
-    def _invert(self, image: Image.Image, steps: int, size: tuple[int, int]) -> Reference:
-        args, (width, height) = self.args, self.model.check_size(size)
-        if args.fit == "keep":
-            width, height = self.model.check_size(own_shape(image.size, width * height, self.model.multiple))
-        elif image.width * height != image.height * width:
-            note(f"{self.picture.path} is {by(image.size)}; {FITTED[args.fit or 'crop']}")
+    def _invert(self, picture: Picture, steps: int, size: tuple[int, int]) -> Reference:
+        args, image, (width, height) = self.args, picture.image, self.model.check_size(size)
+        if image.width * height != image.height * width and not (args.fit == "keep" and picture is self.picture):
+            note(f"{picture.path} is {by(image.size)}; {FITTED[self.fit]}")
         self.model.schedule.steps(steps)  # raises Problem where they do not fit
         self.job.begin(self.model, self.weights, (width, height), steps)
         return invert(self.model, image, steps, self.prompt(args.ref_prompt), (width, height),
-                      progress=self.job.progress, fit_by=args.fit or "crop", fixed_point=args.fixed_point)
+                      progress=self.job.progress, fit_by=self.fit, fixed_point=args.fixed_point)
 
     def made_with(self) -> str:
         """What an inversion depends on, as a saved reference holds it."""
@@ -138,7 +139,7 @@ class Session:
         """The brightness of --mask or --keep, (h,w) from 0 to 1, fitted as the reference was."""
         if name not in self.beside:
             return None
-        fitted = fit(self.beside[name], self.ref.image.size, self.args.fit or "crop").convert("L")
+        fitted = fit(self.beside[name].image, self.ref.image.size, self.fit).convert("L")
         return torch.from_numpy(np.array(fitted)).to(self.model.device) / 255
 
     def prompt(self, text: str) -> str:

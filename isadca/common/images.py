@@ -45,7 +45,7 @@ def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None
         raise Problem(f"{path}: not a picture that can be read; convert it to one of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = getattr(error, "strerror", None)  # only the file system's errors have one
-        raise Problem(f"{path}: cannot be read ({reason})" if reason else
+        raise Problem(f"{path}: cannot be read ({reason}); check the file" if reason else
                       f"{path}: the picture is damaged ({error}); save it anew") from None
     if max(image.size) > 50 * min(image.size):
         raise Problem(f"{path}: is {image.width}×{image.height}, more than 50 times as long as wide; crop it first")
@@ -66,18 +66,18 @@ def _rgb(image: Image.Image, tell: Callable[[str], None] = lambda text: None) ->
 
 def fit(image: Image.Image, size: tuple[int, int], how: str = "crop") -> Image.Image:
     """To `size`, (width, height), bicubic; unchanged if it has that size. A picture of another shape is cut to its
-    centre ("crop", "keep"), distorted ("squash") or given white borders ("pad"). Gives RGB."""
+    centre ("crop"), distorted ("squash") or given white borders ("pad"). Gives RGB."""
     image = _rgb(image)
     scales = [has / wanted for has, wanted in zip(image.size, size)]
     scale = max(scales) if how == "pad" else min(scales)
     width, height = (max(1, round(scale * side)) for side in size)
-    if how in ("crop", "keep"):
+    if how == "crop":
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     elif how == "pad":
         image = ImageOps.pad(image, (width, height), color="white")
     elif how != "squash":
-        raise Problem(f"fit is {how!r}, expected crop, squash, pad or keep")
+        raise Problem(f"fit is {how!r}, expected crop, squash or pad")
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 

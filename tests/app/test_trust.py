@@ -13,10 +13,11 @@ from commandline import CAT, refused, vary
 from conftest import DEMO
 from PIL import Image
 
-from isadca.app import session
+from isadca.app import saved_reference, session
 from isadca.app.cli import main
 from isadca.app.recipe import read_recipe
 from isadca.common.files import save_png
+from isadca.common.problem import Problem
 
 DIGITS = "9" * 5000
 LONG = "x" * 100_000
@@ -182,16 +183,30 @@ def test_another_machine_is_noted(own_weights, folder, capsys):
     assert "threads 64, here 1, batch 5, here 1: a pixel may differ by one grey level" in capsys.readouterr().err
 
 
-def test_a_reference_that_changes_while_it_is_read(folder, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["cat.png", "mask.png"])
+def test_a_picture_that_changes_while_it_is_read(folder, capsys, monkeypatch, name):
+    """Its recipe would name another one."""
     shutil.copy(CAT, folder / "cat.png")
+    shutil.copy(CAT, folder / "mask.png")
     load_image = session.load_image
 
     def and_it_changes(path, *more):
         image = load_image(path, *more)
-        Image.new("RGB", (8, 8)).save(path)
+        if Path(path).name == name:
+            Image.new("RGB", (8, 8)).save(path)
         return image
     monkeypatch.setattr(session, "load_image", and_it_changes)
-    refused(capsys, vary(ref=folder / "cat.png"), "cat.png: changed while it was read; run it again")
+    refused(capsys, [*vary(ref=folder / "cat.png"), "--mask", folder / "mask.png"],
+            f"{name}: changed while it was read; run it again")
+
+
+def test_a_saved_reference_that_may_not_be_read_is_not_just_called_damaged(folder, monkeypatch):
+    def denied(path, framework):
+        raise PermissionError(13, "Permission denied")
+    (folder / "a.safetensors").write_bytes(bytes(8))
+    monkeypatch.setattr(saved_reference, "safe_open", denied)
+    with pytest.raises(Problem, match=r"may not be read \(.*denied\); invert the picture again, or look at its perm"):
+        saved_reference.load_reference(folder / "a.safetensors")
 
 
 def test_a_reference_that_goes_away_is_certified_as_it_was(folder, capsys, monkeypatch):

@@ -1,5 +1,8 @@
 """What `load`, `invert`, `vary` and `sample` say of arguments that they do not take: one line that names it."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from PIL import Image
 import isadca
 from isadca import Method, Problem, Run, invert, replay, sample, vary
 from isadca.common.images import RECIPE_KEY
+from isadca.networks.model import Model
 
 TENSOR = torch.rand(3, 64, 64)
 WRONG = {  # of vary, beside the model, a reference and "a lemon"
@@ -80,16 +84,27 @@ def test_a_reference_is_one_line(tiny_ref):
 
 def test_a_pictures_recipe_has_the_references_steps(tiny, tiny_ref):
     [picture] = vary(tiny, tiny_ref, "a lemon")
-    assert "steps=6" in picture.info[RECIPE_KEY]["run"]
+    recipe = picture.info[RECIPE_KEY]
+    assert "steps=6" in recipe["run"] and (recipe["command"], len(recipe)) == ("isadca.vary", 2)
+
+
+def test_a_model_without_an_adapter_reads_no_image(tiny, tiny_ref, monkeypatch):
+    """Nor does one whose methods want none."""
+    monkeypatch.setattr(Model, "image_tokens", None)
+    alone = replace(tiny, ip_adapter=None, vision=None)
+    for model, method in ((alone, Method()), (tiny, Method(lam=1))):
+        assert sample(model, tiny_ref, [Run("a lemon", method)])[0].isfinite().all()
 
 
 # ---- replays that do not fit ---------------------------------------------------------------------------------------
 
-def test_a_second_reference_of_other_steps_is_refused(tiny, tiny_ref):
+@pytest.mark.parametrize("of_another", [dict(steps=3), dict(steps=6, size=(32, 16))])
+def test_a_second_reference_of_other_steps_or_size_is_refused(tiny, tiny_ref, of_another):
     """The steps that both have would be read at other levels."""
-    other = invert(tiny, tiny_ref.image, 3)
+    other = invert(tiny, tiny_ref.image, **of_another)
     for first, second in ((tiny_ref, other), (other, tiny_ref)):
-        with pytest.raises(Problem, match="a second reference has . steps, the first has .; invert both"):
+        says = f"a second reference is {second!r}, the first {first!r}; invert both with equal steps and size"
+        with pytest.raises(Problem, match=re.escape(says)):
             sample(tiny, first, [Run("a lemon")], also=[second])
 
 
