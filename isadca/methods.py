@@ -52,7 +52,7 @@ class Method:
     def lam_at(self, t: int, T: int) -> "float | Tensor":
         """λ_t. A tensor stays one, so that gradients reach it. Raises Problem outside [0,1]."""
         lam = self.lam(t, T) if callable(self.lam) else self.lam
-        if isinstance(lam, str) or not 0 <= lam <= 1:
+        if not (isinstance(lam, Real) or hasattr(lam, "detach")) or not 0 <= lam <= 1:
             raise Problem(f"lam is {lam!r} at t = {t}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
         return lam
 

@@ -175,6 +175,21 @@ def test_a_third_row_of_guidance_adds_its_weighted_difference(tiny, tiny_ref):
     torch.testing.assert_close(found[0], eps_u + 7 * (eps_c - eps_u) + 3 * (eps_c - eps_own), **TIGHT)
 
 
+def test_each_row_of_guidance_has_its_own_attention(tiny, tiny_ref):
+    """All three are different."""
+    seen = []
+
+    def by_hand(controls):
+        seen.append(controls)
+        own = [isa(controls.ref_kv), attend, isa(controls.ref_kv, "replace")]
+        return [Guided(half, f, w) for half, f, w in zip(controls.conditions.text_kv * 2, own, (0, 7, 2))]
+    found = []
+    run(tiny, tiny_ref, Method(mix=by_hand), on_step=lambda run, t, z, noise: found.append(noise.mixed))
+    c = seen[0]
+    eps = [tiny.noise(c.z, c.t, row.context, row.attend) for row in by_hand(c)]
+    torch.testing.assert_close(found[0], eps[0] + 7 * (eps[1] - eps[0]) + 2 * (eps[2] - eps[0]), **TIGHT)
+
+
 def test_a_pair_of_functions_is_mixed_as_noise(tiny, tiny_ref):
     def pair(controls):
         return isa(controls.ref_kv), dca(controls.ip_kv)
