@@ -97,8 +97,8 @@ def _unpickle(source: Path) -> object:
         except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError, ...
             met = re.search(r"GLOBAL (\S+)", str(error))
             if met is None:
-                raise Problem(f"{source}: not a whole file that torch.save wrote ({type(error).__name__}); download "
-                              "it again") from None
+                raise Problem(f"{source}: not a whole file that torch.save wrote, or may not be read "
+                              f"({type(error).__name__}); download it again, or look at its permissions") from None
             name = met[1] if "." in met[1] else f"builtins.{met[1]}"
         if name is None:
             return content

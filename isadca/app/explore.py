@@ -2,8 +2,6 @@
 
 Everything is observed from outside the loop: attention through the seam by `record`, the branches' noise through
 `on_step`. The page itself, with its CSS and JavaScript, is explore.html beside this file.
-
-Shapes: N queries and M keys of one attention map; h × w its grid.
 """
 
 import base64

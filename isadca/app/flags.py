@@ -85,11 +85,6 @@ def whole(least: int, most: int = 10_000):
     return number
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """"0,1,2" -> the numbers."""
-    return tuple(whole(0, 2**62)(part.strip()) for part in text.split(","))
-
-
 def _vary(commands) -> None:
     p, groups = _command(commands, "vary", "a picture and a prompt become a variation",
                          'isadca vary examples/cat.png "a lemon" -o lemon.png --lam 0.7')
@@ -145,7 +140,8 @@ def _evaluate(commands) -> None:
         "one of examples/counterparts; fields of a method go after a colon, such as isadca:lam=0.3:init=random")
     add("--metrics", type=lambda text: text.split(","), help="comma-separated (all whose weights are there): "
         "lpips-alex, lpips-vgg, ssim, ssim-luma, sifid, clip-i, clip-t, clipscore")
-    add("--seeds", type=parse_seeds, default=(0,), help="comma-separated (0)")
+    add("--seeds", type=lambda text: tuple(whole(0, 2**62)(part.strip()) for part in text.split(",")), default=(0,),
+        help="comma-separated (0)")
     add("--steps", type=int, help=f"DDIM steps (each system's own, {Method.steps}; quick has 10)")
     _weights(groups)
 

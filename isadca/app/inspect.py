@@ -12,10 +12,11 @@ from textwrap import fill
 
 from ..common.files import PICTURES
 from ..common.problem import Problem
+from ..loading.known_encoders import guess
 from ..loading.layouts import PREFIXES, Part
 from ..methods import PRESETS
 from .console import note
-from .saved_reference import is_reference
+from .saved_reference import is_reference, load_reference
 
 # files that evaluation and examples read beyond a model, each told by a key that no other file has
 OTHERS = [("ControlNet", "diffusers", "controlnet_cond_embedding.conv_in.weight"),
@@ -26,6 +27,7 @@ OTHERS = [("ControlNet", "diffusers", "controlnet_cond_embedding.conv_in.weight"
           ("VGG16, for LPIPS", "torchvision", "features.17.weight"),
           ("Inception-v3, for SIFID", "torchvision", "Conv2d_1a_3x3.conv.weight"),
           ("the heads of LPIPS", "lpips", "lin0.model.1.weight")]
+CHECKED = ("unet", "vae", "text", "vision", "ip_adapter")
 WEIGHTS = (".safetensors", ".json", ".ckpt", ".pt", ".pth", ".bin")
 RECIPE = ("reference_sha256", "device", "dtype", "threads", "versions", "weights_sha256")
 
@@ -76,15 +78,14 @@ def _picture(path: Path) -> dict:
 
 
 def _results(path: Path) -> dict:
-    try:
-        settings = dict(json.loads((path / "settings.json").read_text(encoding="utf-8")).items())
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise Problem(f"{path}/settings.json: is damaged; a new run with another -o makes one") from None
+    from ..evaluation.results_folder import read_object
+    settings = read_object(path / "settings.json")
+    if not settings:
+        raise Problem(f"{path}/settings.json: is damaged; a new run with another -o makes one")
     return {"what": "results", "variations": len(list(path.glob("pictures/*/*-*.png"))), "settings": settings}
 
 
 def _reference(path: Path) -> dict:
-    from .saved_reference import load_reference
     ref = load_reference(path, None)
     return {"what": "a saved reference", "size": ref.image.size, "steps": ref.steps, "prompt": ref.prompt}
 
@@ -98,16 +99,10 @@ def _weights(path: Path) -> dict:
                       "parameters": sum(map(prod, part.shapes.values())),
                       "dtypes": sorted({tensor.dtype for tensor in part.tensors.values()}),
                       "bytes": sum(file.stat().st_size for file in part.files),
-                      "loads": _is_network(part) or None})  # None: not checked
-        if part.kind == "vision" and part.shapes["vision_model.pre_layrnorm.weight"] == (1024,) and not (
-                part.path.parent / "config.json").exists():
-            note(f"{part.path}: taken for OpenAI's ViT-L/14; LAION's needs its config.json beside it")
+                      "loads": part.kind in CHECKED or None})  # None: not checked
+        if part.kind == "vision" and (told := guess(part.path, *part.shapes["vision_model.pre_layrnorm.weight"])):
+            note(told)
     return {"what": "weights", "parts": parts}
-
-
-def _is_network(part: Part) -> bool:
-    from ..loading.load import NETWORKS
-    return part.kind in (*NETWORKS, "ip_adapter")
 
 
 def parts_of(path: Path) -> list[Part]:
@@ -132,7 +127,7 @@ def parts_of(path: Path) -> list[Part]:
     else:
         parts = _of_file(path)
     for part in parts:
-        if _is_network(part):
+        if part.kind in CHECKED:
             network = build(part)
             check_names(shapes_of(network), part)
             if part.kind == "text" and (is_model or (path / "tokenizer").is_dir()):

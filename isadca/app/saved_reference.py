@@ -52,7 +52,8 @@ def load_reference(path: str | Path, weights: str | None = None, device: torch.d
     except FileNotFoundError:
         raise Problem(f"{path}: no such file; make one with: isadca invert PICTURE -o {path.name}") from None
     except (OSError, SafetensorError) as error:
-        raise Problem(f"{path}: not a whole safetensors file ({error}); invert the picture again") from None
+        raise Problem(f"{path}: not a whole safetensors file, or may not be read ({error}); invert the picture "
+                      "again, or look at its permissions") from None
     if weights is not None and about.get("weights") != weights:
         changed = _changed(about.get("weights", ""), weights)
         raise Problem(f"{path}: was inverted with other weights (another {changed}); invert the picture again with "

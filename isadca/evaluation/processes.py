@@ -1,6 +1,7 @@
 """Several processes on one folder of results, as torchrun starts them."""
 
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -17,6 +18,7 @@ def join() -> tuple[int, int]:
     rank, ranks = map(int, texts)
     if ranks > 1 and not torch.distributed.is_initialized():
         try:
+            socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)  # torch tries for minutes
             torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=5))
         except (ValueError, RuntimeError, OSError) as error:
             raise Problem(f"the processes do not find each other ({str(error)[:120]}); start all of them with "

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from ..common.problem import Problem
 from ..ddim import Schedule, ScheduleConfig
 from ..networks.sizes import CLIPTextConfig, CLIPVisionConfig, UNetConfig
+from ..networks.tokenizer import read_text
 
 AGAIN = "copy it again from the model's repository"
 PLAIN_ONE = "use a plain Stable Diffusion 1.x model"
@@ -43,7 +44,7 @@ def read_json(path: Path) -> dict:
     try:
         if path.stat().st_size > LONGEST:
             raise ValueError(f"it is longer than {LONGEST >> 20} MB")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_text(path))
         if not isinstance(raw, dict):
             raise ValueError(f"it holds a {type(raw).__name__}, not an object")
         return raw
@@ -53,14 +54,13 @@ def read_json(path: Path) -> dict:
         raise Problem(f"{path}: not a readable config ({str(error)[:100]}); {AGAIN}") from None
 
 
-def read_config(cls, path: str | Path):
+def read_config(cls, path: Path):
     """The dataclass `cls` from a diffusers or transformers config.json; its defaults where there is no such file.
 
     Raises Problem for unreadable JSON and for a setting that isadca does not compute. `steps_offset` is 1 whatever
     the file says, as StableDiffusionPipeline has it.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         return cls()
     raw = read_json(path)
     half = {CLIPTextConfig: "text_config", CLIPVisionConfig: "vision_config"}.get(cls)
@@ -129,8 +129,7 @@ def _short(value: object) -> str:
 
 def read_schedule(path: Path) -> Schedule:
     """The noise levels of a scheduler_config.json. Raises Problem where they do not fall from 1 towards 0."""
-    config = read_config(ScheduleConfig, path)
-    schedule = Schedule(config)
+    schedule = Schedule(config := read_config(ScheduleConfig, path))
     levels = [schedule.alpha_bar(t) for t in range(config.train_steps)]
     if not (1 > levels[0] and levels == sorted(levels, reverse=True) and levels[-1] > 0):
         raise Problem(f"{path}: beta_start {config.beta_start} and beta_end {config.beta_end} make no falling noise "

@@ -68,7 +68,7 @@ def no_safetensors(folder: Path) -> Problem:
         return Problem(f"{folder}: {shards[0].name} is one file of several; get their .safetensors.index.json, too")
     pickles = [path for pattern in ("*.bin", "*.ckpt", "*.pth") for path in folder.glob(pattern)]
     if not pickles:
-        return Problem(f"{folder}: no .safetensors file; get the .safetensors version")
+        return Problem(f"{folder}: no .safetensors file that may be read; get the .safetensors version")
     return Problem(f"{folder}: no .safetensors file, only {pickles[0].name}, a pickle, which can run code when it is "
                    f"opened; get the .safetensors version, or make it: isadca convert {pickles[0]} -o "
                    f"{pickles[0].with_suffix('.safetensors')}")

@@ -1,5 +1,7 @@
 """Image encoders that are published without their config.json, told apart by their width."""
 
+from pathlib import Path
+
 from ..common.problem import Problem
 from ..networks.sizes import CLIPVisionConfig
 from .layouts import Part
@@ -8,6 +10,12 @@ KNOWN_ENCODERS = {  # OpenCLIP ViT-H, OpenCLIP ViT-bigG, OpenAI's ViT-L (LAION's
     1280: CLIPVisionConfig(),
     1664: CLIPVisionConfig(width=1664, layers=48, mlp_width=8192, projection_dim=1280),
     1024: CLIPVisionConfig(width=1024, layers=24, mlp_width=4096, projection_dim=768, act="quick_gelu")}
+
+
+def guess(file: Path, width: int) -> str:
+    """What to say of an image encoder from `file`; empty where nothing had to be guessed."""
+    guessed = width == 1024 and not (file.parent / "config.json").exists()
+    return f"{file}: taken for OpenAI's ViT-L/14; LAION's needs its config.json beside it" if guessed else ""
 
 
 def encoder_by_width(part: Part) -> CLIPVisionConfig:

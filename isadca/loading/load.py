@@ -149,7 +149,7 @@ def build(part: Part) -> Any:
         network, sizes = NETWORKS[part.kind]
         path = part.path.parent / "config.json"
         config = read_config(sizes, path)
-        if part.kind == "vision" and not path.is_file():
+        if part.kind == "vision" and not path.exists():
             from .known_encoders import encoder_by_width
             config = encoder_by_width(part)
         if part.kind == "text":  # what the file holds counts, not what the config.json says

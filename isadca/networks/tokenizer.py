@@ -38,7 +38,7 @@ class Tokenizer:
         try:
             return cls(*read_vocabulary(*map(read_text, files)), max_tokens)
         except OSError as error:
-            raise Problem(f"{error.filename}: cannot read the tokenizer ({error.strerror})") from None
+            raise Problem(f"{error.filename}: cannot read the tokenizer ({error.strerror}); check the file") from None
         except Exception as error:  # the Rust side raises plain Exception
             reason, names = str(error).partition("\n")[0], ", ".join(map(str, files))
             raise Problem(f"{names}: not a CLIP vocabulary ({reason}); copy the tokenizer again") from None

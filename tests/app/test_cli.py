@@ -195,6 +195,14 @@ def test_what_is_idle_is_not_loaded(isadca_cli, monkeypatch, flags, loaded):
     assert models[1].ip_adapter is models[1].vision is None
 
 
+def test_an_encoder_that_had_to_be_guessed_is_named(isadca_cli, monkeypatch):
+    monkeypatch.setattr(session, "guess", lambda file, width: f"{file.parent.name}, {width} wide, is a guess")
+    width = json.loads((DEMO / "image_encoder" / "config.json").read_text())["hidden_size"]
+    code, _, err = isadca_cli("vary", CAT, "a lemon", "-o", "a.png", "-q")
+    assert (code, err) == (0, f"isadca: note: image_encoder, {width} wide, is a guess\n")
+    assert isadca_cli("vary", CAT, "a lemon", "-o", "b.png", "-q", "--method", "rival")[2] == ""  # not loaded
+
+
 def test_a_prompt_that_is_too_long_is_used_as_far_as_it_goes(isadca_cli):
     code, _, err = isadca_cli("vary", CAT, "a lemon " * 30 + "and the end", "-o", "a.png", "-q")
     assert code == 0 and "longer than 32 tokens" in err and "and the end" in err

@@ -239,6 +239,14 @@ def test_other_contents(tmp_path, out, capsys):
     refused(tmp_path, out, capsys, "no such file")
 
 
+def test_a_file_that_may_not_be_read_is_not_just_called_damaged(tmp_path, out, capsys, monkeypatch):
+    def denied(*args, **options):
+        raise PermissionError(13, "Permission denied")
+    source = pickled(tmp_path / "a.bin", {"w": torch.ones(2)})
+    monkeypatch.setattr(torch, "load", denied)
+    refused(source, out, capsys, "may not be read (PermissionError); download it again, or look at its permissions")
+
+
 ITSELF = {"w": torch.ones(2)}
 ITSELF["again"] = ITSELF
 SHARED = {"w": torch.ones(2)}

@@ -180,7 +180,7 @@ def test_paths_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
     def denied(*args, **options):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(Image, "open", denied)
-    with pytest.raises(Problem, match=r"cannot be read \(Permission denied\)"):
+    with pytest.raises(Problem, match=r"cannot be read \(Permission denied\); check the file"):
         load_image(tmp_path / "file")
 
 

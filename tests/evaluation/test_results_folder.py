@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -234,3 +235,14 @@ def test_ranks_that_are_nonsense(rank, ranks, message, monkeypatch):
     with pytest.raises(Problem, match=message) as caught:
         processes.join()
     assert len(str(caught.value)) <= 300
+
+
+def test_a_host_that_does_not_exist_is_not_waited_for(monkeypatch):
+    """gloo tries for five minutes."""
+    def unknown(host, port):
+        raise socket.gaierror(-2, f"{host} not known")
+    for name, value in [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "no.such.host"), ("MASTER_PORT", "29500")]:
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(Problem, match="do not find each other .*no.such.host not known.*; start all of them"):
+        processes.join()

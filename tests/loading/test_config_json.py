@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -143,6 +144,14 @@ def test_broken_config(tmp_path, content, word):
     path = tmp_path / "config.json"
     path.write_text(content, encoding="utf-8")
     told(lambda: read_config(UNetConfig, path), path, "not a readable config", word, "copy it again")
+
+
+def test_config_that_is_no_file(tmp_path):
+    """It is not taken for absent, and a pipe is not waited for."""
+    for make in (os.mkfifo, os.mkdir):
+        path = tmp_path / f"{make.__name__}.json"
+        make(path)
+        told(lambda: read_config(UNetConfig, path), path, f"not a readable config ({path.name} is no regular file)")
 
 
 def test_config_that_is_not_utf8(tmp_path):
