@@ -79,8 +79,7 @@ def notices(folder: Path, file: str, mutant: Mutant, reach: dict) -> int:
     """Run on the mutant the tests that reach its line or, where none is seen to, its file. 1 if one fails."""
     signal.alarm(SECONDS)
     sys.meta_path.insert(0, Mutated(file, mutant.number))
-    tests = [test for test, (_, lines) in reach.items() if reaches(mutant, lines)] or \
-        [test for test, (_, lines) in reach.items() if lines]
+    tests = met_by(mutant, reach)
     for path in TESTS[file]:
         some = sorted((test for test in tests if test.startswith(f"tests/{path}::")), key=lambda t: reach[t][0])
         if some and not run_pytest(folder, [path], Only(some)):
@@ -88,9 +87,10 @@ def notices(folder: Path, file: str, mutant: Mutant, reach: dict) -> int:
     return 0
 
 
-def reaches(mutant: Mutant, lines: list[int]) -> bool:
-    """What runs at import is reached by every test."""
-    return mutant.function is None or mutant.line in lines
+def met_by(mutant: Mutant, reach: dict) -> list[str]:
+    """The tests that reach its line; all of them, where it runs at import or nothing else is seen to reach it."""
+    found = [test for test, (_, lines) in reach.items() if mutant.function is None or mutant.line in lines]
+    return found or list(reach)
 
 
 # ---- what is known of a file -----------------------------------------------------------------------------------
@@ -214,6 +214,7 @@ def run(waiting: list[tuple[Known, Mutant]], jobs: int, work: Path) -> None:
 def table(files: list[Known]) -> bool:
     """Print what is known. Whether all survivors are explained."""
     excuses, unexplained = accepted(), 0
+    rows = [row for known in files for row in known.verdicts.values()]
     print("| file | mutants | noticed | survivors explained | of the rest noticed | not explained |")
     print("|---|---|---|---|---|---|")
     for known in files:
@@ -229,6 +230,7 @@ def table(files: list[Known]) -> bool:
             for row in excuses.keys() - set(left):
                 if row[0] == known.file:
                     print(f"no survivor any more, take it out of mutants_accepted.txt: {row}", file=sys.stderr)
+    print(f"\n{len(rows):,} mutants; one after the other {sum(row['seconds'] for row in rows) / 3600:.1f} hours")
     return unexplained == 0
 
 

@@ -86,6 +86,15 @@ def test_verdicts_hold_for_the_code_and_tests_that_they_were_found_with(mutate, 
     assert known.verdicts == {}
 
 
+def test_a_mutant_meets_the_tests_that_reach_it(mutate):
+    """What runs at import is met by every test, even one that reads only what was made then."""
+    at_import, first, second, helper = (mutate.Mutant(0, line, "", function) for line, function in [
+        (1, None), (6, (5, 7)), (9, (8, 9)), (12, (11, 12))])
+    reach = {"a": (1.0, [6]), "b": (0.5, [6, 9]), "c": (2.0, [])}
+    assert [mutate.met_by(mutant, reach) for mutant in (at_import, first, second, helper)] == [
+        ["a", "b", "c"], ["a", "b"], ["b"], ["a", "b", "c"]]
+
+
 def test_it_knows_the_lines_of_a_diff(mutate):
     diff = """--- a/isadca/ddim.py
 +++ b/isadca/ddim.py

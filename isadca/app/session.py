@@ -112,8 +112,8 @@ class Session:
                                  ("--ref-prompt", args.ref_prompt or None, ref.prompt), ("--fit", args.fit, "its own"),
                                  ("--fixed-point", args.fixed_point or None, "its own")]:
             if asked not in (None, has):
-                raise Problem(f"{flag} is {asked}, but {path} was inverted with {has}; leave the flag out or invert "
-                              "the picture again")
+                raise Problem(f"{flag} is {asked}, but {path} was inverted with {has or 'none'}; leave the flag out or "
+                              "invert the picture again")
         return ref
 
     def sample(self, runs: list[Run]) -> list[torch.Tensor]:

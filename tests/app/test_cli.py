@@ -124,7 +124,8 @@ def test_any_shape(isadca_cli):
     wide = Image.open(CAT).resize((150, 100))
     wide.save("wide.png")
     for flags, size in [(["--size", "96x64"], (96, 64)), (["--width", 32], (32, 64)), (["--fit", "keep"], (80, 48)),
-                        (["--size", "48", "--height", 80], (48, 80)), (["--size", 96, "--fit", "keep"], (112, 80))]:
+                        (["--size", 48, "--height", 80, "--fit", "squash"], (48, 80)),
+                        (["--size", 96, "--fit", "keep", "--also", CAT], (112, 80))]:
         assert isadca_cli("vary", "wide.png", "a lemon", "-o", "a.png", "--mask", CAT, "--keep", CAT, *flags)[0] == 0
         assert Image.open("a.png").size == size
         isadca_cli("vary", "--recipe", "a.png", "-o", "b.png", steps=None)

@@ -35,6 +35,7 @@ def test_the_defaults_are_the_papers():
     assert {field.name: field.default for field in fields(Method) if field.name != "source"} == DEFAULTS
     assert all(field.default is not MISSING for field in fields(Method))
     assert (Run("a").method, Run("a").seeds, Run("a").negative) == (Method(), (0,), "")
+    assert Method().source.startswith("the paper, Algorithm 1")
 
 
 def test_which_fields_are_flags():
