@@ -42,7 +42,8 @@ class Options:
     on_step: Callable[[Run, int, Tensor, "Noise"], Tensor | None] | None = None
 
     def __post_init__(self):
-        expect_all("mask or keep", (self.mask, self.keep), Tensor | None, "a tensor (h,w) from 0 to 1")
+        maps = [m if getattr(m, "ndim", 2) == 2 else tuple(m.shape) for m in (self.mask, self.keep)]
+        expect_all("mask or keep", maps, Tensor | None, "a tensor (h,w) from 0 to 1")
         expect_all("also", self.also, Reference, "a list of what isadca.invert gives")
 
 
@@ -140,8 +141,7 @@ def sample(model: Model, ref: Reference, runs: list[Run], **options) -> list[Ten
 def controls_at(model: Model, t: int, i: int, ref: Reference, run: Run, z: Tensor, shared: Conditions,
                 step: ReferenceStep, o: Options) -> Controls:
     """One run's controls at one step, with the rows of the reference that its method reads."""
-    method = run.method
-    lam = method.lam_at(t, model.schedule.config.train_steps)
+    method, lam = run.method, run.method.lam_at(t, model.schedule.config.train_steps)
     return Controls(
         z=z, t=t, i=i, steps=ref.steps, conditions=shared, mask=o.mask, method=method, kernel=o.kernel,
         lam=lam.to(z) if isinstance(lam, Tensor) else lam, ref_eps=step.eps,

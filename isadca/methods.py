@@ -6,7 +6,7 @@ changes come up to one step earlier, and MasaCtrl's four plain steps reach furth
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Union
@@ -52,7 +52,7 @@ class Method:
     def lam_at(self, t: int, T: int) -> "float | Tensor":
         """λ_t. A tensor stays one, so that gradients reach it. Raises Problem outside [0,1]."""
         lam = self.lam(t, T) if callable(self.lam) else self.lam
-        if not (isinstance(lam, Real) or hasattr(lam, "detach")) or not 0 <= lam <= 1:
+        if not (isinstance(lam, Real) or getattr(lam, "shape", None) in ((), (1,))) or not 0 <= lam <= 1:
             raise Problem(f"lam is {lam!r} at t = {t}, expected 0 to 1; 1 is ISA alone, 0 is DCA alone")
         return lam
 
@@ -105,7 +105,7 @@ def counted(name: str, layers: tuple[int, ...] | None, n: int | None) -> tuple[i
     """Numbers of the UNet's n transformer blocks, all counted from the start. Raises Problem where it has fewer."""
     if layers is None or n is None:
         return layers
-    if not all(isinstance(layer, int) and -n <= layer < n for layer in layers):
+    if not isinstance(layers, Iterable) or not all(isinstance(each, int) and -n <= each < n for each in layers):
         raise Problem(f"{name} is {layers!r}, expected some of 0 to {n - 1}: this UNet has {n} of them")
     return tuple(layer % n for layer in layers)
 
@@ -143,12 +143,10 @@ PRESETS = {method.name: method for method in [
     Method("rival-edit", lam=1.0, replace_above=601, adain_above=600, init="inverted", t_start=901, ip_scale=0.0,
            source="RIVAL; dvlab-research/RIVAL configs/rival_editing.json, editing_early_steps 900"),
     Method("rival-variation", lam=1.0, guidance=5.0, replace_above=601, adain_above=600, init="shuffle", ref_rows=2,
-           ip_scale=0.0,
-           source="RIVAL; dvlab-research/RIVAL configs/rival_variation.json; invert with the prompt"),
+           ip_scale=0.0, source="RIVAL; dvlab-research/RIVAL configs/rival_variation.json; invert with the prompt"),
     Method("ip-adapter", lam=0.0, guidance=7.5, init="random",
            source="IP-Adapter, arXiv 2308.06721; tencent-ailab/IP-Adapter ip_adapter.py, generate()"),
-    Method("masactrl", lam=1.0, guidance=7.5, replace_above=-1, t_start=901, layers=tuple(range(-6, 0)),
-           ip_scale=0.0,
+    Method("masactrl", lam=1.0, guidance=7.5, replace_above=-1, t_start=901, layers=tuple(range(-6, 0)), ip_scale=0.0,
            source="MasaCtrl, arXiv 2304.08465; TencentARC/MasaCtrl masactrl.py, start_step 4, start_layer 10 of 16"),
     Method("plain", lam=0.0, guidance=7.5, ip_scale=0.0, init="random",
            source="Stable Diffusion 1.5 text-to-image, DDIM"),

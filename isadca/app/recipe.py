@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from .. import __version__
 from ..common.files import sha256
 from ..common.images import RECIPE_KEY
 from ..common.problem import Problem
@@ -41,8 +42,6 @@ def hash_files(files: dict[str, Path]) -> Future:
 def make_recipe(args: dict, reference_sha256: str, hashes: dict[str, str], device: str, dtype: str) -> dict:
     """`args` are the command line's, by name. Everything in it is JSON."""
     import torch
-
-    from .. import __version__
     kept = {key: value for key, value in sorted(args.items()) if key not in NOT_KEPT}
     return {"command": args["command"], "args": json.loads(json.dumps(kept)),  # as it will be read again
             "reference_sha256": reference_sha256, "weights_sha256": hashes, "device": device, "dtype": dtype,

@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def load(weights: str | Path | None = None, ip_adapter: str | Path | None = None
     """
     place = device_named(device)
     precision = dtype_named(dtype, place)
-    expect("weights", weights, (str, Path, NoneType), "a path")
+    expect("weights", weights, str | Path | None, "a path")
     weights = default_weights() if weights is None else Path(weights)
     parts = read_parts(locate(weights, ip_adapter, image_encoder, vae), precision)
     networks = {kind: load_into(build(part), part, vae_dtype(precision) if kind == "vae" else precision, place)

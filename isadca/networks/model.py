@@ -63,10 +63,14 @@ class Model:
         return self.unet(z.to(self.dtype), t, context, attend, edit=edit).to(z.dtype)
 
     def context(self, prompts: Sequence[str | Tensor]) -> Tensor:
-        """Prompts, or embeddings (tokens, width) in their place -> (len, tokens, width)."""
+        """Prompts, or embeddings (tokens, width) in their place -> (len, tokens, width). Raises Problem."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        rows = iter(self.text(self.tokenizer(texts).to(self.device)) if texts else ())
-        return torch.stack([next(rows) if isinstance(prompt, str) else prompt for prompt in prompts])
+        made = iter(self.text(self.tokenizer(texts).to(self.device)) if texts else ())
+        rows = [next(made) if isinstance(prompt, str) else prompt.to(self.device, self.dtype) for prompt in prompts]
+        shapes, width = [tuple(row.shape) for row in rows], self.text.config.width
+        if shapes != [(len(rows[0]), width)] * len(rows):
+            raise Problem(f"prompts are {shapes}, expected embeddings (tokens, {width}), as many tokens in each")
+        return torch.stack(rows)
 
     def encode(self, pixels: Tensor) -> Tensor:
         return Watch(self, "encoding")(self.vae.encode(pixels.to(self.device, self.vae_dtype)).to(self.latent_dtype))

@@ -24,6 +24,14 @@ WRONG = {  # of vary, beside the model, a reference and "a lemon"
     "no seeds": (dict(seeds=[]), "seeds is empty"),
     "prompt None": (dict(prompt=None), "prompt or negative is None, expected a text"),
     "prompts with None": (dict(prompt=["a", None]), "prompt or negative is None, expected a text"),
+    "an embedding of one batch": (dict(prompt=torch.rand(1, 12, 24)), r"prompts are \[\(12, 24\), \(1, 12, 24\)\], "),
+    "an embedding alone": (dict(prompt=torch.rand(1, 12, 24), guidance=1), r"prompts are \[\(1, 12, 24\)\], expected"),
+    "an embedding too wide": (dict(prompt=torch.rand(12, 25), guidance=1), r"expected embeddings \(tokens, 24\), as"),
+    "an embedding too short": (dict(prompt=torch.rand(3, 24)), r"prompts are \[\(12, 24\), \(3, 24\)\], expected"),
+    "a λ for each": (dict(lam=torch.rand(2)), r"lam is tensor\(.*\) at t = 1000, expected 0 to 1"),
+    "a layer": (dict(layers=0), "layers is 0, expected some of 0 to "),
+    "masks": (dict(mask=torch.rand(2, 16, 16)), r"mask or keep is \(2, 16, 16\), expected a tensor \(h,w\)"),
+    "a keep of one batch": (dict(keep=torch.rand(1, 1, 8, 8)), r"mask or keep is \(1, 1, 8, 8\), expected"),
     "no prompts": (dict(prompt=[]), r"prompt or negative is \[\], expected a text"),
     "negative None": (dict(negative=None), "prompt or negative is None, expected a text"),
     "guidance_scale": (dict(guidance_scale=7), r"guidance_scale is no option; did you mean guidance\?"),
@@ -76,6 +84,12 @@ def test_numbers_of_numpy_are_numbers(tiny, tiny_ref):
     [one], [two] = (vary(tiny, tiny_ref, "a lemon", init="random", seeds=seeds) for seeds in (3, np.int64(3)))
     assert one.tobytes() == two.tobytes()
     assert len(vary(tiny, tiny_ref, ("a lemon", "a pig"), seeds=np.arange(2), guidance=np.float64(7))) == 4
+
+
+def test_an_embedding_takes_the_models_precision(tiny, tiny_ref):
+    embedding = tiny.context(["a lemon"])[0].float()
+    one, two = (vary(tiny, tiny_ref, x, init="random")[0].tobytes() for x in (embedding, embedding.double()))
+    assert one == two
 
 
 def test_a_reference_is_one_line(tiny_ref):
