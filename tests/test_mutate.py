@@ -17,7 +17,7 @@ def f(x: int = 3, y=None) -> "int":
     """Not this."""
     if not x:
         raise ValueError("nor this", 7)
-    return x - 1 if x < 10 else max(x, y)
+    return x - 1 if x < 10 else pow(x, y)
 '''
 
 
@@ -35,12 +35,25 @@ def test_what_is_changed_and_what_is_not():
         (2, "constant: 0.5 -> 0.85", True),
         (6, "constant: 3 -> 4", True), (6, "constant: 3 -> 2", True),
         (8, "condition: if not x: -> if x:", False),
-        (10, "condition: x - 1 if x < 10 else max(x, y) -> x - 1 if not x < 10 else max(x, y)", False),
+        (10, "condition: x - 1 if x < 10 else pow(x, y) -> x - 1 if not x < 10 else pow(x, y)", False),
         (10, "comparison: x < 10 -> x <= 10", False),
         (10, "constant: 10 -> 11", False), (10, "constant: 10 -> 9", False),
         (10, "operator: x - 1 -> x + 1", False),
         (10, "constant: 1 -> 2", False), (10, "constant: 1 -> 0", False),
-        (10, "argument order: max(x, y) -> max(y, x)", False)]
+        (10, "argument order: pow(x, y) -> pow(y, x)", False)]
+
+
+@pytest.mark.parametrize("code", [
+    "max(a, b)", "x.transpose(a, b)", "torch.promote_types(a, b)", "isinstance(a, (B, C))", "x.mean((d, e))",
+    "a in (b, c)", "KV = dict[str, tuple[A, B]]", "Kind = A | B"])
+def test_orders_that_do_not_matter_and_types_are_not_changed(code):
+    assert [mutant.what for mutant in each(ast.parse(code))
+            if " order: " in mutant.what and "((B, C), a)" not in mutant.what] == []
+
+
+@pytest.mark.parametrize("code", ["f(a, b)", "x.permute(a, b)", "f((a, b))", "x.view((a, b))", "LOW, HIGH = a, b"])
+def test_other_orders_are_changed(code):
+    assert len(list(each(ast.parse(code)))) == 1
 
 
 def test_each_mutant_is_one_change_that_runs():

@@ -94,7 +94,8 @@ def test_when_every_seed_gives_the_same_picture(init, diversity, same):
 
 # ---- λ ---------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("lam", [-1e-9, 1 + 1e-9, -1, 2, NAN, "0.5", lambda t, T: 1.5, torch.tensor(1.5)])
+@pytest.mark.parametrize("lam", [-1e-9, 1 + 1e-9, -1, 2, NAN, "0.5", lambda t, T: 1.5, torch.tensor(1.5),
+                                 torch.rand(2), torch.rand(0)])
 def test_lam_is_from_0_to_1(lam):
     with pytest.raises(Problem, match=r"lam is .* at t = 7, expected 0 to 1"):
         Method(lam=lam).lam_at(7, 1000)
@@ -102,8 +103,8 @@ def test_lam_is_from_0_to_1(lam):
 
 def test_lam_may_depend_on_the_step():
     assert [Method(lam=lam).lam_at(250, 1000) for lam in (0, 1, 0.7, lambda t, T: t / T)] == [0, 1, 0.7, 0.25]
-    lam = torch.tensor(0.5, requires_grad=True)
-    assert Method(lam=lam).lam_at(250, 1000) is lam
+    for lam in (torch.tensor(0.5, requires_grad=True), torch.tensor([0.5])):
+        assert Method(lam=lam).lam_at(250, 1000) is lam
 
 
 def test_schedules_of_lam():

@@ -12,6 +12,8 @@ BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mu
 COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
            ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+SYMMETRIC = {"min", "max", "promote_types", "transpose"}  # the first two arguments may change places
+UNORDERED = {"isinstance", "mean", "var", "std"}          # so may the kinds or dimensions of a tuple given to these
 SKIPPED = (ast.Raise, ast.Import, ast.ImportFrom)  # error messages; what is imported is noticed at once
 
 
@@ -44,7 +46,7 @@ def changes(node: ast.AST) -> list[Change]:
         return [Change("condition", "test", negated(node.test))]
     if isinstance(node, ast.comprehension) and node.ifs:
         return [Change("condition", "ifs", [negated(node.ifs[0]), *node.ifs[1:]])]
-    if isinstance(node, ast.Call) and len(node.args) > 1:
+    if isinstance(node, ast.Call) and len(node.args) > 1 and called(node) not in SYMMETRIC:
         return [Change("argument order", "args", [node.args[1], node.args[0], *node.args[2:]])]
     if isinstance(node, (ast.List, ast.Tuple)) and len(node.elts) > 1 and isinstance(node.ctx, ast.Load):
         return [Change("element order", "elts", [node.elts[1], node.elts[0], *node.elts[2:]])]
@@ -79,9 +81,15 @@ def code_nodes(tree: ast.AST, function: tuple[int, int] | None = None) -> Iterat
                 continue
             # defaults of arguments are computed where the function is defined
             inside = function if field != "body" or not isinstance(tree, FUNCTIONS) else (tree.lineno, tree.end_lineno)
-            if not (isinstance(tree, ast.Compare) and isinstance(child, ast.Tuple)):  # x in (a, b): no order
-                yield child, inside
+            if not (isinstance(child, ast.Tuple) and (isinstance(tree, ast.Compare) or called(tree) in UNORDERED)):
+                yield child, inside  # x in (a, b) has no order either
             yield from code_nodes(child, inside)
+
+
+def called(node: ast.AST) -> str:
+    """The name of the function that a call calls; "" for what is no call."""
+    function = getattr(node, "func", None)
+    return getattr(function, "id", getattr(function, "attr", ""))
 
 
 def is_docstring(node: ast.AST) -> bool:
@@ -89,9 +97,11 @@ def is_docstring(node: ast.AST) -> bool:
 
 
 def is_alias(node: ast.AST) -> bool:
-    """Attend = Callable[...]: a type."""
-    return isinstance(node, ast.Assign) and isinstance(node.value, (ast.Subscript, ast.BinOp)) \
-        and getattr(node.targets[0], "id", "x")[0].isupper() and not getattr(node.targets[0], "id", "X").isupper()
+    """Attend = Callable[...], KV = dict[...]: a type."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, (ast.Subscript, ast.BinOp)):
+        return False
+    name, of = getattr(node.targets[0], "id", "x"), getattr(getattr(node.value, "value", None), "id", "")
+    return name[0].isupper() and (not name.isupper() or of in ("dict", "tuple", "list"))
 
 
 def each(tree: ast.Module) -> Iterator[Mutant]:
