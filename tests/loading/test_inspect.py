@@ -11,7 +11,7 @@ from keyfiles import listing, write_sparse
 
 import isadca
 from isadca.app.cli import main
-from isadca.app.inspect import OTHERS
+from isadca.app.inspect import CHECKED, OTHERS
 from isadca.evaluation.metrics import trunk_keys
 from isadca.loading import checkpoints, diagnose
 from isadca.loading.layouts import PLAIN, PREFIXES
@@ -105,6 +105,11 @@ def test_a_single_files_header_is_read_once(tmp_path, monkeypatch):
         read.append(path), ours(path))[1])
     assert loading.read_parts(loading.locate(path), torch.float32).keys() == {"unet", "vae", "text"}
     assert read == [path]
+
+
+def test_what_is_checked_is_what_can_be_built():
+    from isadca.loading.load import NETWORKS
+    assert set(CHECKED) == {*NETWORKS, "ip_adapter"}
 
 
 def test_prefixes_are_those_of_the_layouts():
