@@ -1,9 +1,9 @@
 """The heart of the repository: one seam, `attend(q, k, v, site) -> y`, and everything that passes through it.
 
 Every attention layer of the UNet projects q, k, v and then calls the `attend` function it was given. The plain
-kernels are such functions; ISA, DCA and λ are small factories that return one. To try an idea, write another.
+kernels are such functions; ISA, DCA and blends are small factories that return one. To try an idea, write another.
 
-References: the paper, Eqs. 5-9; RIVAL, arXiv 2305.18729; IP-Adapter, arXiv 2308.06721; MasaCtrl, arXiv 2304.08465.
+References: the paper, Eqs. 5, 6, 8; RIVAL, arXiv 2305.18729; IP-Adapter, arXiv 2308.06721; MasaCtrl, arXiv 2304.08465.
 Shapes: B rows of the batch, H heads, N queries, M keys, d head dim. q is (B,H,N,d), k and v are (B,H,M,d).
 """
 

@@ -27,7 +27,7 @@ class ScheduleConfig:
 
 
 class Step(NamedTuple):
-    """One stride of the grid, from level `t` down to level `t_prev`; below 0 is the level of clean latents."""
+    """One stride of the grid, from time `t` down to `t_prev`; a time below 0 stands for clean latents."""
 
     t: int
     t_prev: int
@@ -54,9 +54,9 @@ class Schedule:
         most = self.config.train_steps - self.config.steps_offset
         if not 1 <= n <= most:
             raise Problem(f"steps is {n}, expected 1 to {most}; 50 is the paper's")
-        stride = self.config.train_steps // n
-        grid = [i * stride + self.config.steps_offset for i in reversed(range(n))]
-        return [Step(t, t - stride) for t in grid]
+        gap = self.config.train_steps // n
+        grid = [i * gap + self.config.steps_offset for i in reversed(range(n))]
+        return [Step(t, t - gap) for t in grid]
 
     def step(self, z: Tensor, eps: Tensor, stride: Step) -> Tensor:
         """One stride of sampling: z_t and the noise predicted at t -> z at t_prev."""
@@ -73,7 +73,7 @@ def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def predict_x0(z: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
-    """The clean latent that noise `eps` implies; the paper's step with σ = 0 is this, read literally."""
+    """The clean latent that noise `eps` implies. Read literally, the paper's step with σ = 0 ends here; see `step`."""
     return (z - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
 
 

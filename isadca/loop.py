@@ -61,7 +61,7 @@ class Controls(NamedTuple):
     """What an attention function can be made of, at one step. The rows of q are [unconditional: N | text: N]."""
 
     z: Tensor                             # z_t, (N,4,h,w)
-    t: int                                # training step, 1000 ... 0
+    t: int                                # training step, 999 ... 0
     i: int                                # number of the step, 0 ... steps - 1
     steps: int
     lam: float | Tensor                   # λ_t
@@ -151,7 +151,8 @@ def controls_at(model: Model, t: int, i: int, ref: Reference, run: Run, z: Tenso
 
 
 def predict_in_parts(model: Model, controls: Controls, rows_at_once: int) -> Noise:
-    """`predict` for some of the N variations at a time; for a method of one's own, which may mix them, for all."""
+    """`predict` for some of the N variations at a time; for a method of one's own, which may mix them, for all. A
+    variation has a row for each branch and guidance half."""
     mix = controls.method.mix
     at_once = controls.n if callable(mix) else max(1, rows_at_once // (4 if mix == "noise" else 2))
     parts = [predict(model, controls._replace(z=z)) for z in controls.z.split(at_once)]
@@ -161,10 +162,7 @@ def predict_in_parts(model: Model, controls: Controls, rows_at_once: int) -> Noi
 # ---- one step: which rows, what noise, how mixed ---------------------------------------------------------------
 
 def predict(model: Model, controls: Controls) -> Noise:
-    """Eq. 9: λ · ISA + (1 - λ) · DCA, between the noise that the two branches predict from the shared z_t.
-
-    The DDIM step is affine in the noise and λ + (1 - λ) = 1, so this mixes the two updated latents, too.
-    """
+    """One step's noise in three stages."""
     branches = branches_of(controls)
     noise = noise_of(model, controls, branches)
     return mix_noise(controls, noise[0], noise[-1])  # a single branch is both
@@ -182,21 +180,22 @@ def noise_of(model: Model, controls: Controls, branches: list[list[Guided]]) -> 
     """What noise: the guided prediction of each branch, (N,4,h,w), all rows in one call of the UNet."""
     n, rows = controls.n, [row for branch in branches for row in branch]
     groups = [(f, n * len(list(same))) for f, same in groupby(row.attend for row in rows)]
-    attend = groups[-1][0]
-    for f, size in groups[-2::-1]:
-        attend = by_rows(size, f, attend)
+    of_rows = groups[-1][0]
+    for f, size in groups[-2::-1]:  # nested, the first group outermost
+        of_rows = by_rows(size, f, of_rows)
     if controls.mask is not None:
         from .common.masks import masked
-        attend = masked(attend, controls.kernel, controls.mask)
+        of_rows = masked(of_rows, controls.kernel, controls.mask)
     context = joined([row.context if isinstance(row.context, dict) else model.unet.keys_values(row.context)
                       for row in rows], dim=0)
     edit = controls.method.edit and controls.method.edit(controls)
-    eps = iter(model.noise(controls.z.repeat(len(rows), 1, 1, 1), controls.t, context, attend, edit).split(n))
+    eps = iter(model.noise(controls.z.repeat(len(rows), 1, 1, 1), controls.t, context, of_rows, edit).split(n))
     return [guide([next(eps) for _ in branch], *(row.weight for row in branch[1:])) for branch in branches]
 
 
 def mix_noise(controls: Controls, eps_isa: Tensor, eps_dca: Tensor) -> Noise:
-    """How mixed: by λ, once ISA's noise has the reference noise's moments, if the method wants that."""
+    """Eq. 9, how mixed: λ · ISA + (1 - λ) · DCA, the noise that the two branches predict from the shared z_t. The DDIM
+    step is affine in the noise and λ + (1 - λ) = 1, so this mixes the two updated latents, too."""
     if controls.ref_eps is not None and controls.t > controls.method.adain_above:
         eps_isa = adain(eps_isa, controls.ref_eps)  # before mixing, so that λ = 1 is RIVAL exactly
     return Noise(eps_isa, eps_dca, torch.lerp(eps_dca, eps_isa, controls.lam))

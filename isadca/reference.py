@@ -64,7 +64,7 @@ def invert(model: Model, image: Image.Image | str | Path, steps: int = 50, promp
            fit_by: str = "crop", fixed_point: int = 0) -> Reference:
     """DDIM inversion, without guidance, of a picture that images.fit brings to `size`: a side, or (width, height).
 
-    RIVAL's convention: the stride from t-20 up to t evaluates the UNet on z̄ at level t-20 with the label t.
+    RIVAL's convention: the stride from t_prev up to t evaluates the UNet on z̄ at t_prev with the label t.
     Each of `fixed_point` iterations is one more UNet call that moves this evaluation towards z̄_t itself; the way
     back then retraces the way up more closely.
     """
@@ -140,10 +140,10 @@ def replay_all(model: Model, refs: Sequence[Reference], methods: Sequence[Method
     `replayed` is a kept replay of the one reference. Raises Problem where that has another number of steps, or lacks
     what the methods read.
     """
-    T, steps = model.schedule.config.train_steps, refs[0].steps
+    train_steps, steps = model.schedule.config.train_steps, refs[0].steps
     if other := next((ref for ref in refs if ref.chain.shape != refs[0].chain.shape), None):
         raise Problem(f"a second reference is {other!r}, the first {refs[0]!r}; invert both with equal steps and size")
-    wanted = lambda t: any(method.wants_reference(t, T) for method in methods)
+    wanted = lambda t: any(method.wants_reference(t, train_steps) for method in methods)
     rows, maps = max(method.ref_rows for method in methods), any(method.ref_maps for method in methods)
     kept = [iter(replayed)] if replayed is not None else \
         [replay(model, ref, wanted, at_once, kernel, rows, maps) for ref in refs]

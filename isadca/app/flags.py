@@ -92,7 +92,7 @@ def _vary(commands) -> None:
     add = groups.basic.add_argument
     add("words", nargs="*", metavar="REF PROMPT", help="pictures, folders of them, or what isadca invert wrote; "
         "then the prompt, or a .txt file with one prompt a line")
-    _out(groups, "OUT", "a .png; a folder for several", required=False)  # an unknown flag is named first
+    _out(groups, "OUT", "a .png; a folder for several", required=False)  # an unknown flag is named before a missing -o
     _generation(groups, lam=True)
     add("--grid", type=Path, metavar="SHEET.png", help="with --n: also a contact sheet")
     add("--preview", type=Path, metavar="PNG", help="write the picture so far here, every five steps")
@@ -188,7 +188,7 @@ def _generation(groups, lam: bool = False) -> None:
     """What sampling needs. A default of None means the method's own."""
     basic, machine = groups.basic.add_argument, groups.machine.add_argument
     basic("--method", metavar="NAME", help=f"{', '.join(PRESETS)}, or your own FILE.py:NAME ({Method.name})")
-    groups.method.description = "In parentheses: the value in the preset isadca; isadca methods lists the others'."
+    groups.method.description = "In parentheses: the preset 'isadca'; the command isadca methods lists the others."
     for field in fields(Method):
         if "help" in field.metadata and (lam or field.name != "lam"):
             default = "all" if field.default is None else field.default

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .problem import Problem
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of images.FORMATS
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # the endings of images.FORMATS
 
 
 def sha256(path: Path) -> str:
@@ -33,7 +33,7 @@ def save_png(image, path: str | Path, recipe: dict | None = None) -> None:
 
     from .images import RECIPE_KEY
     info, recipe = PngInfo(), image.info.get(RECIPE_KEY) if recipe is None else recipe
-    if isinstance(recipe, dict):  # a text is that of the file which it was read from
+    if isinstance(recipe, dict):  # a text is the recipe of a file that was read: not this picture's
         info.add_itxt(RECIPE_KEY, json.dumps(recipe))  # ASCII: a path may hold bytes that are not UTF-8
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)

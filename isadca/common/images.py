@@ -29,7 +29,7 @@ def load_image(path: str | Path, tell: Callable[[str], None] = lambda text: None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old cameras' EXIF and the like
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():  # it would be waited for
+            if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():  # opening it would wait
                 raise OSError(0, "is a pipe or a device")
             with Image.open(path, formats=FORMATS) as file:
                 if (frames := getattr(file, "n_frames", 1)) > 1:

@@ -42,7 +42,7 @@ def write_results(items: list[Item], metrics: tuple[str, ...], out: Path, about:
     ablation = [system for name in FIG_4 for system in systems if system.name == name]
     if ablation:
         files.append(out / "fig4.png")
-        save_png(grid(items, ablation, out, upright=True), files[3])
+        save_png(grid(items, ablation, out, pairs_as_columns=True), files[3])
     return Results(files, numbers)
 
 
@@ -66,7 +66,7 @@ def as_text(cell: str) -> str:
 # ---- table.md ----------------------------------------------------------------------------------------------------
 
 def to_markdown(numbers: Numbers, metrics: tuple[str, ...]) -> str:
-    """Mean ± standard error over pairs, the best of a column in bold; then the paper's row."""
+    """Mean ± standard error over pairs, the best of a column in bold; at the right, the paper's figures."""
     systems = list(dict.fromkeys(item.system for item in numbers))
     columns = {metric: {system: over_pairs(numbers, system, metric) for system in systems} for metric in metrics}
     best = {metric: (max if METRICS[metric][1] else min)(column, key=lambda s: column[s][0])
@@ -133,8 +133,8 @@ def about_run(items: list[Item], model: Model, steps: int | None, weights: Path)
 
 # ---- grids -------------------------------------------------------------------------------------------------------
 
-def grid(items: list[Item], systems: list[System], results: Path, upright: bool = False) -> Image.Image:
-    """Fig. 3: a row a pair, the reference and then every system. `upright`, Fig. 4: a column a pair."""
+def grid(items: list[Item], systems: list[System], results: Path, pairs_as_columns: bool = False) -> Image.Image:
+    """Fig. 3: a row a pair, the reference and then every system. `pairs_as_columns`: Fig. 4."""
     made = {(item.index, item.system): item for item in reversed(items)}  # the first seed stays
     shown = spread(items)
     rows = []
@@ -144,7 +144,7 @@ def grid(items: list[Item], systems: list[System], results: Path, upright: bool 
     headings = ["reference", *(system.label.replace("λ", "lambda") for system in systems)]  # the font has no Greek
     prompts = [item.pair.prompt for item in shown]
     columns = list(map(list, zip(*rows)))
-    return contact_sheet(columns, prompts, headings) if upright else contact_sheet(rows, headings, prompts)
+    return contact_sheet(columns, prompts, headings) if pairs_as_columns else contact_sheet(rows, headings, prompts)
 
 
 def spread(items: list[Item]) -> list[Item]:

@@ -1,5 +1,5 @@
-"""What a weights file says of itself before a tensor is read, and the layouts whose names are ours: diffusers',
-transformers' and h94's. The layouts with other names are in original.py."""
+"""What a weights file says of itself before a tensor is read, and the layouts whose names are also ours: diffusers',
+transformers' and h94's (IP-Adapter's publisher). The layouts with other names are in original.py."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,12 +64,12 @@ PLAIN = [Layout("unet", "diffusers", "down_blocks.0.resnets.0.time_emb_proj.weig
          Layout("vision", "transformers", "vision_model.embeddings.class_embedding"),
          Layout("ip_adapter", "h94", "ip_adapter.1.to_k_ip.weight"),
          Layout("prior", "diffusers", "prd_embedding")]
-PREFIXES = ("model.diffusion_model.", "first_stage_model.", "vae.", "cond_stage_model.transformer.")  # original.py's
+PREFIXES = ("model.diffusion_model.", "first_stage_model.", "vae.", "cond_stage_model.transformer.")  # in original.py
 
 # what a layout without a prefix may hold: one file may have both halves of a CLIP
 HALVES = {"vision": r"(vision_model|visual_projection)\.",
           "text": r"(text_model|text_projection|embeddings|encoder|final_layer_norm)\."}
-IGNORED = r"position_ids$|^loss\.|^model_ema\.|^lora_(unet|te)"  # computed, for training, or merged already
+IGNORED = r"position_ids$|^loss\.|^model_ema\.|^lora_(unet|te)"  # computed; for training; merged, as such files say
 
 
 def same_shape(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
