@@ -3,9 +3,12 @@
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import signature
 
 from isadca.app.flags import parser
+from isadca.loop import Options
 from isadca.methods import Method
+from isadca.reference import replay
 
 
 def test_module_and_help_run_without_torch():
@@ -28,6 +31,13 @@ def test_a_knob_is_a_field_of_method():
             shown = action.help[:-1].split(" (")[-1]
             assert shown == "all" if field.default is None else float_or_text(shown) == field.default
             assert field.name == "lam" or action.option_strings[0] in sweep
+
+
+def test_what_the_flags_say_of_the_loop_is_the_loops():
+    """They wait for no torch, and so have these two defaults of their own."""
+    vary, options = parser()[1]["vary"], Options()
+    assert vary.get_default("rows_at_once") == options.rows_at_once
+    assert vary.get_default("replay_at_once") == options.at_once == signature(replay).parameters["at_once"].default
 
 
 def float_or_text(text: str):
