@@ -44,7 +44,7 @@ CACHE = HERE / ".mutants"
 TESTS = {  # in this order: what notices most, and what is quick, first
     "attention.py": ["heart/test_attention.py", "heart/test_attention_identities.py", "heart/test_loop.py"],
     "ddim.py": ["heart/test_ddim.py", "heart/test_loop.py", "heart/test_reference.py"],
-    "methods.py": ["heart/test_methods.py", "heart/test_arguments.py", "heart/test_rival.py"],
+    "methods.py": ["heart/test_method.py", "heart/test_arguments.py", "heart/test_rival.py"],
     "reference.py": ["heart/test_arguments.py", "heart/test_reference.py", "heart/test_rival.py",
                      "heart/test_batches.py", "heart/test_own_ideas.py", "heart/test_finite.py"],
     "loop.py": ["heart/test_controls.py", "heart/test_loop.py", "heart/test_arguments.py", "heart/test_batches.py",
