@@ -67,7 +67,7 @@ class Model:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         made = iter(self.text(self.tokenizer(texts).to(self.device)) if texts else ())
         rows = [next(made) if isinstance(prompt, str) else prompt.to(self.device, self.dtype) for prompt in prompts]
-        shapes, width = [tuple(row.shape) for row in rows], self.text.config.width
+        shapes, width = [tuple(row.shape) for row in rows], self.unet.config.context_dim
         if shapes != [(len(rows[0]), width)] * len(rows):
             raise Problem(f"prompts are {shapes}, expected embeddings (tokens, {width}), as many tokens in each")
         return torch.stack(rows)
