@@ -130,7 +130,7 @@ def test_any_shape(isadca_cli):
         assert Image.open("a.png").size == size
         isadca_cli("vary", "--recipe", "a.png", "-o", "b.png", steps=None)
         assert open("a.png", "rb").read() == open("b.png", "rb").read()
-    isadca_cli("invert", "wide.png", "-o", "wide.safetensors", "--fit", "keep")
+    assert "wide.png is" not in isadca_cli("invert", "wide.png", "-o", "wide.safetensors", "--fit", "keep")[2]
     assert "80×48" in isadca_cli("inspect", "wide.safetensors")[1][0]
     assert isadca_cli("vary", "wide.safetensors", "a lemon", "-o", "a.png", "--grid", "g.png", "--also", CAT,
                       steps=None)[0] == 0

@@ -1,5 +1,7 @@
 """The same command gives the same bytes; `isadca check` tells whether another machine gives the same picture."""
 
+import shutil
+
 import numpy as np
 import pytest
 from conftest import DEMO, ROOT
@@ -75,3 +77,14 @@ def test_check_tells_other_weights_from_other_results(own_demo, capsys):
     save_png(Image.open(own_demo / "check.png"), own_demo / "check.png", recipe)
     assert main(["check", "--device", "cpu"]) == 2
     assert "was made with other demo weights; install isadca anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--mask", "--keep", "--also"])
+def test_another_picture_beside_the_reference_is_noticed(folder, capsys, flag):
+    beside = str(folder / "beside.png")
+    shutil.copy(CAT, beside)
+    assert main(["vary", str(CAT), "a lemon", "-o", "a.png", "-q", "--steps", "1", flag, beside]) == 0
+    Image.new("RGB", (64, 64)).save(beside)
+    capsys.readouterr()
+    assert main(["vary", "--recipe", "a.png", "-o", "b.png", "-q"]) == 2
+    assert f"a.png: was made with another {flag} (sha256 " in capsys.readouterr().err
